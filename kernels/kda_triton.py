@@ -275,7 +275,8 @@ def kda_step(
         beta: [B, T, H] raw write-strength logits.
         gate: [B, T, H * V] logits of the output gate.
         conv_weights: of q, k, v: [D, 1, W] or [D, W] each, tap W - 1 meets the current token.
-        windows: of q, k, v: [B, D, W - 1] each, oldest input first, contiguous; updated in place.
+        windows: of q, k, v: [B, D, W - 1] each, oldest input first, dense in the last two dimensions (parts of one
+            tensor serve); updated in place.
         A_log, dt_bias: H and H * K elements.
         norm_weight, norm_eps: of the gated RMSNorm over V.
         state: [B, H, K, V] fp32, contiguous; updated in place.
@@ -320,8 +321,11 @@ def _check_step(q, k, v, f, beta, gate, conv_weights, windows, A_log, dt_bias, n
     for name, weight, window, size in zip("qkv", conv_weights, windows, (H * K, H * K, H * V)):
         if weight.numel() != size * W or weight.shape[0] != size or weight.shape[-1] != W:
             raise ValueError(f"conv_weights of {name} must be {[size, 1, W]}, got {list(weight.shape)}")
-        if tuple(window.shape) != (B, size, W - 1) or not window.is_contiguous():
-            raise ValueError(f"windows of {name} must be contiguous {[B, size, W - 1]}, got {list(window.shape)}")
+        if tuple(window.shape) != (B, size, W - 1) or window.stride()[1:] != (W - 1, 1):
+            raise ValueError(
+                f"windows of {name} must be {[B, size, W - 1]}, dense in the last two dimensions, got "
+                f"{list(window.shape)} with strides {list(window.stride())}"
+            )
     for name, x, size in (("A_log", A_log, H), ("dt_bias", dt_bias, H * K), ("norm_weight", norm_weight, V)):
         if x.numel() != size:
             raise ValueError(f"{name} must have {size} elements, got shape {list(x.shape)}")

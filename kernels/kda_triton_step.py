@@ -16,6 +16,9 @@ inputs and y. Kimi Linear, arXiv 2510.26692, eqs. 1 and 10. Rows with lengths[b]
 behind lengths[b] are 0.
 
 One program per row and head keeps the head's state in registers: the windows and the norm over V need the whole head.
+
+The decode path's captured graph gives a table [2] int64 in device memory in place of state and windows: the addresses
+of a cache's state and of its one window tensor [B, H (2 K + V), W-1], of q, k and v in this order.
 """
 
 import torch
@@ -66,8 +69,9 @@ def kda_step_fwd_kernel(
     scale, eps, T,
     stride_qb, stride_qt, stride_kb, stride_kt, stride_vb, stride_vt,
     stride_fb, stride_ft, stride_bb, stride_bt, stride_gb, stride_gt,
+    stride_wqb, stride_wkb, stride_wvb,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_TABLE: tl.constexpr,
 ):  # fmt: skip
     """
     See the module docstring. q, k, v, f, gate are [B, T, H * size], beta [B, T, H], last dimension dense; o
@@ -76,6 +80,11 @@ def kda_step_fwd_kernel(
     i_b, i_h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     o_k, o_v = tl.arange(0, BK), tl.arange(0, BV)
     m_k, m_v = o_k < K, o_v < V
+    if HAS_TABLE:
+        window_q = tl.load(state + 1).to(tl.pointer_type(q.dtype.element_ty))
+        window_k = window_q + H * K * (W - 1)
+        window_v = window_k + H * K * (W - 1)
+        state = tl.multiple_of(tl.load(state), 16).to(tl.pointer_type(tl.float32))
     n_t = T
     if HAS_LENGTHS:
         n_t = tl.minimum(tl.load(lengths + i_b).to(tl.int32), T)
@@ -88,9 +97,9 @@ def kda_step_fwd_kernel(
     p_s = state + (i_b * H + i_h) * (K * V) + o_k[:, None] * V + o_v[None, :]
     b_s = tl.load(p_s, mask=m_k[:, None] & m_v[None, :], other=0.0)
     o_dk, o_dv = i_h * K + o_k, i_h * V + o_v
-    p_q, p_wq = q + i_b * stride_qb + o_dk, window_q + (i_b * (H * K) + o_dk) * (W - 1)
-    p_k, p_wk = k + i_b * stride_kb + o_dk, window_k + (i_b * (H * K) + o_dk) * (W - 1)
-    p_v, p_wv = v + i_b * stride_vb + o_dv, window_v + (i_b * (H * V) + o_dv) * (W - 1)
+    p_q, p_wq = q + i_b * stride_qb + o_dk, window_q + i_b * stride_wqb + o_dk * (W - 1)
+    p_k, p_wk = k + i_b * stride_kb + o_dk, window_k + i_b * stride_wkb + o_dk * (W - 1)
+    p_v, p_wv = v + i_b * stride_vb + o_dv, window_v + i_b * stride_wvb + o_dv * (W - 1)
     f += i_b * stride_fb
     beta += i_b * stride_bb + i_h
     gate += i_b * stride_gb
@@ -133,7 +142,7 @@ def kda_step_fwd(
     gate: torch.Tensor,
     o: torch.Tensor,
     weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    windows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    windows: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
     A_log: torch.Tensor,
     dt_bias: torch.Tensor,
     norm_weight: torch.Tensor,
@@ -143,16 +152,23 @@ def kda_step_fwd(
     eps: float,
     config: KdaStepConfig,
 ) -> None:
-    """Launch; shapes as in the module docstring, o [B, T, H, V] contiguous, state and windows written in place."""
-    (B, H, K, V), T = state.shape, q.shape[1]
+    """
+    Launch; shapes as in the module docstring, o [B, T, H, V] contiguous, state and windows written in place.
+
+    Windows are dense in their last two dimensions. With `windows` None, `state` is the table of the module docstring.
+    """
+    (B, T, H, V), K = o.shape, q.shape[2] // o.shape[2]
+    W = weights[0].shape[-1]
+    strides = [H * (2 * K + V) * (W - 1)] * 3 if windows is None else [window.stride(0) for window in windows]
     kda_step_fwd_kernel[(B * H,)](
         q, k, v, f, beta, gate, o,
-        *weights, *windows,
+        *weights, *(windows or [None] * 3),
         A_log, dt_bias, norm_weight, state, lengths,
         scale, eps, T,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         *f.stride()[:2], *beta.stride()[:2], *gate.stride()[:2],
-        H=H, K=K, V=V, W=weights[0].shape[-1],
-        BK=config.BK, BV=config.BV, HAS_LENGTHS=lengths is not None,
+        *strides,
+        H=H, K=K, V=V, W=W,
+        BK=config.BK, BV=config.BV, HAS_LENGTHS=lengths is not None, HAS_TABLE=windows is None,
         **launch_options(config),
     )  # fmt: skip

@@ -1,0 +1,88 @@
+"""
+Launch configurations of the decode kernels: a committed table, no search at run time.
+
+`python -m benchmarks.decode --tune` times the candidates that the numbers come from (benchmarks/decode_notes.md).
+"""
+
+from typing import NamedTuple
+
+
+class GemvConfig(NamedTuple):
+    """One token. BN: rows of the weights a program takes, BK: columns at a time, UNROLL: column blocks in flight."""
+
+    BN: int
+    BK: int
+    UNROLL: int
+    num_warps: int
+
+
+class SkinnyConfig(NamedTuple):
+    """Up to 64 tokens. BM: tokens, BN: rows of the weights, BK: columns at a time, num_stages: blocks in flight."""
+
+    BM: int
+    BN: int
+    BK: int
+    num_warps: int
+    num_stages: int
+
+
+class LatentConfig(NamedTuple):
+    """Attention over latent rows. BH: padded heads, BL: rows at a time, num_stages: blocks in flight."""
+
+    BH: int
+    BL: int
+    num_warps: int
+    num_stages: int
+
+
+def padded(size: int, least: int = 16) -> int:
+    """The next power of two, at least `least`."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
+def gemv_config(columns: int, rows: int) -> GemvConfig:
+    """One token times weights of `rows` rows in all, `columns` wide."""
+    BK = min(256, padded(columns))
+    blocks = -(-columns // BK)
+    BN = 8 if rows >= 4096 else 4
+    unroll = next(u for u in (9, 8, 4, 2, 1) if blocks % u == 0)
+    return GemvConfig(BN, BK, unroll, 4)
+
+
+def experts_config(columns: int) -> GemvConfig:
+    """One token times one expert's weights, `columns` wide."""
+    return gemv_config(columns, 4096)
+
+
+def down_config(columns: int) -> GemvConfig:
+    """One token's hidden activations times the down projections of its experts, `columns` wide."""
+    return gemv_config(columns, 0)
+
+
+def skinny_config(tokens: int, columns: int, rows: int, itemsize: int) -> SkinnyConfig:
+    """Several tokens times weights of `rows` rows, `columns` wide, of `itemsize` bytes an element."""
+    BM = min(64, padded(tokens))
+    BN = 16 if rows <= 2560 else 32 if rows <= 16384 else 64
+    BK = min(256 // itemsize, padded(columns))
+    return SkinnyConfig(BM, BN, BK, 4 if BM * BN >= 1024 else 2, 4)
+
+
+def latent_config(heads: int, width: int, itemsize: int) -> LatentConfig:
+    """Attention of `heads` heads over latent rows of `width` elements."""
+    BH = padded(heads)
+    row = padded(width) * itemsize
+    BL = max(16, min(64, (1 << 16) // row))
+    return LatentConfig(BH, BL, 8 if BH * padded(width) >= 16384 else 4, 2)
+
+
+__all__ = [
+    "GemvConfig",
+    "LatentConfig",
+    "SkinnyConfig",
+    "down_config",
+    "experts_config",
+    "gemv_config",
+    "latent_config",
+    "padded",
+    "skinny_config",
+]

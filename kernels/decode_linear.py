@@ -1,0 +1,192 @@
+"""
+Decode step: the projections of a layer that share an input, as one launch over all their weights.
+
+    y = [W_0; W_1; ...] x̂        x̂ = x                                            plain
+                                 x̂ = weight x / sqrt(mean(x^2) + eps)             with a norm's weight
+                                 x̂ = silu(x[:K]) x[K:]                            gated (behind a gate and an up projection)
+    y += residual                                                                 where given; y may be the residual itself
+
+The norm's factor 1 / sqrt(.) is applied to the sums, so that one pass over x serves both. Sums are fp32 and rounded
+once, to y's dtype. Each weight [M_s, K] is read once and in place: nothing is packed or copied. With `x_columns` each
+weight reads its own K columns of x.
+
+One token takes a matrix-vector kernel (bound by the bytes of the weights); up to 64 take tensor cores, which read the
+weights once for all of them.
+"""
+
+import torch
+
+from .decode_configs import GemvConfig, SkinnyConfig
+from .kda_triton_math import kda_dot, kda_sigmoid
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    from .kda_triton_absent import tl, triton
+
+MAX_WEIGHTS = 6
+
+
+@triton.jit
+def decode_segment(
+    i_tile, w0, w1, w2, w3, w4, w5,
+    M0: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr, M3: tl.constexpr, M4: tl.constexpr, M5: tl.constexpr,
+    X0: tl.constexpr, X1: tl.constexpr, X2: tl.constexpr, X3: tl.constexpr, X4: tl.constexpr, X5: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """Which weight tile `i_tile` belongs to: (weight, first row, rows, first column of x, first column of y)."""
+    w, i_row, n_rows, x_col, y_col = w0, i_tile * BN, i_tile * 0 + M0, i_tile * 0 + X0, i_tile * 0
+    T1: tl.constexpr = (M0 + BN - 1) // BN
+    T2: tl.constexpr = T1 + (M1 + BN - 1) // BN
+    T3: tl.constexpr = T2 + (M2 + BN - 1) // BN
+    T4: tl.constexpr = T3 + (M3 + BN - 1) // BN
+    T5: tl.constexpr = T4 + (M4 + BN - 1) // BN
+    if M1 > 0:
+        if i_tile >= T1:
+            w, i_row, n_rows, x_col, y_col = w1, (i_tile - T1) * BN, i_tile * 0 + M1, i_tile * 0 + X1, i_tile * 0 + M0
+    if M2 > 0:
+        if i_tile >= T2:
+            w, i_row, n_rows, x_col = w2, (i_tile - T2) * BN, i_tile * 0 + M2, i_tile * 0 + X2
+            y_col = i_tile * 0 + (M0 + M1)
+    if M3 > 0:
+        if i_tile >= T3:
+            w, i_row, n_rows, x_col = w3, (i_tile - T3) * BN, i_tile * 0 + M3, i_tile * 0 + X3
+            y_col = i_tile * 0 + (M0 + M1 + M2)
+    if M4 > 0:
+        if i_tile >= T4:
+            w, i_row, n_rows, x_col = w4, (i_tile - T4) * BN, i_tile * 0 + M4, i_tile * 0 + X4
+            y_col = i_tile * 0 + (M0 + M1 + M2 + M3)
+    if M5 > 0:
+        if i_tile >= T5:
+            w, i_row, n_rows, x_col = w5, (i_tile - T5) * BN, i_tile * 0 + M5, i_tile * 0 + X5
+            y_col = i_tile * 0 + (M0 + M1 + M2 + M3 + M4)
+    return w, i_row, n_rows, x_col, y_col
+
+
+@triton.jit
+def decode_gemv_kernel(
+    x, norm_weight, residual, y, w0, w1, w2, w3, w4, w5, eps,
+    M0: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr, M3: tl.constexpr, M4: tl.constexpr, M5: tl.constexpr,
+    X0: tl.constexpr, X1: tl.constexpr, X2: tl.constexpr, X3: tl.constexpr, X4: tl.constexpr, X5: tl.constexpr,
+    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """One token: see the module docstring."""
+    w, i_row, n_rows, x_col, y_col = decode_segment(
+        tl.program_id(0), w0, w1, w2, w3, w4, w5, M0, M1, M2, M3, M4, M5, X0, X1, X2, X3, X4, X5, BN
+    )
+    o_n = i_row + tl.arange(0, BN)
+    m_n = o_n < n_rows
+    p_w = w + o_n.to(tl.int64)[:, None] * K
+    x += x_col
+    b_y = tl.zeros([BN, BK], tl.float32)
+    b_ss = tl.zeros([BK], tl.float32)
+    for i_k in range(0, K, BK * UNROLL):
+        for u in tl.static_range(UNROLL):
+            o_k = i_k + u * BK + tl.arange(0, BK)
+            m_k = o_k < K if K % (BK * UNROLL) != 0 else tl.full([BK], True, tl.int1)
+            b_w = tl.load(p_w + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0).to(tl.float32)
+            b_x = tl.load(x + o_k, mask=m_k, other=0.0).to(tl.float32)
+            if GATED:
+                b_x *= kda_sigmoid(b_x) * tl.load(x + K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            if HAS_NORM:
+                b_ss += b_x * b_x
+                b_x *= tl.load(norm_weight + o_k, mask=m_k, other=0.0).to(tl.float32)
+            b_y += b_w * b_x[None, :]
+    b_out = tl.sum(b_y, axis=1)
+    if HAS_NORM:
+        b_out *= tl.rsqrt(tl.sum(b_ss, axis=0) / K + eps)
+    if HAS_RESIDUAL:
+        b_out += tl.load(residual + y_col + o_n, mask=m_n, other=0.0).to(tl.float32)
+    tl.store(y + y_col + o_n, b_out.to(y.dtype.element_ty), mask=m_n)
+
+
+@triton.jit(do_not_specialize=["N"])
+def decode_skinny_kernel(
+    x, norm_weight, residual, y, w0, w1, w2, w3, w4, w5, eps, N, stride_x, stride_y,
+    M0: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr, M3: tl.constexpr, M4: tl.constexpr, M5: tl.constexpr,
+    X0: tl.constexpr, X1: tl.constexpr, X2: tl.constexpr, X3: tl.constexpr, X4: tl.constexpr, X5: tl.constexpr,
+    K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """N tokens, rows of x and y: see the module docstring."""
+    w, i_row, n_rows, x_col, y_col = decode_segment(
+        tl.program_id(0), w0, w1, w2, w3, w4, w5, M0, M1, M2, M3, M4, M5, X0, X1, X2, X3, X4, X5, BN
+    )
+    o_n = i_row + tl.arange(0, BN)
+    o_m = tl.program_id(1) * BM + tl.arange(0, BM)
+    m_n, m_m = o_n < n_rows, o_m < N
+    p_w = w + o_n.to(tl.int64)[:, None] * K
+    p_x = x + o_m.to(tl.int64)[:, None] * stride_x + x_col
+    b_y = tl.zeros([BM, BN], tl.float32)
+    b_ss = tl.zeros([BM], tl.float32)
+    for i_k in tl.range(0, K, BK, num_stages=STAGES):
+        o_k = i_k + tl.arange(0, BK)
+        m_k = o_k < K
+        m_x = m_m[:, None] & m_k[None, :]
+        b_w = tl.load(p_w + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)
+        b_x = tl.load(p_x + o_k[None, :], mask=m_x, other=0.0).to(tl.float32)
+        if GATED:
+            b_x *= kda_sigmoid(b_x) * tl.load(p_x + K + o_k[None, :], mask=m_x, other=0.0).to(tl.float32)
+        if HAS_NORM:
+            b_ss += tl.sum(b_x * b_x, axis=1)
+            b_x *= tl.load(norm_weight + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
+        b_y = kda_dot(b_x, tl.trans(b_w), b_y, w.dtype.element_ty, "ieee", UPCAST)
+    if HAS_NORM:
+        b_y *= tl.rsqrt(b_ss / K + eps)[:, None]
+    o_y = o_m.to(tl.int64)[:, None] * stride_y + (y_col + o_n)[None, :]
+    m_y = m_m[:, None] & m_n[None, :]
+    if HAS_RESIDUAL:
+        b_y += tl.load(residual + o_y, mask=m_y, other=0.0).to(tl.float32)
+    tl.store(y + o_y, b_y.to(y.dtype.element_ty), mask=m_y)
+
+
+def decode_linear(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    y: torch.Tensor,
+    config: GemvConfig | SkinnyConfig,
+    *,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 0.0,
+    residual: torch.Tensor | None = None,
+    gated: bool = False,
+    x_columns: tuple[int, ...] | None = None,
+    upcast: bool = False,
+) -> None:
+    """
+    Write y [N, sum of M_s] (see the module docstring).
+
+    Args:
+        x: [N, columns], rows dense; K of the columns are read, twice K if `gated`.
+        weights: one to six contiguous [M_s, K].
+        y: [N, sum of M_s], rows dense.
+        config: a GemvConfig where N is 1, else a SkinnyConfig.
+        norm_weight: [K] of an RMSNorm in front, with its `eps`; or None.
+        residual: laid out as y, added before rounding; may be y.
+        gated: whether x holds gate and up activations.
+        x_columns: first column of x for each weight; 0 for all if None.
+        upcast: multiply bf16 as fp32 (for Triton's interpreter).
+    """
+    K, missing = weights[0].shape[1], MAX_WEIGHTS - len(weights)
+    sizes = [w.shape[0] for w in weights]
+    tiles = sum(triton.cdiv(size, config.BN) for size in sizes)
+    common = {f"M{i}": size for i, size in enumerate(sizes + [0] * missing)}
+    common |= {f"X{i}": column for i, column in enumerate([*(x_columns or [0] * len(weights)), *[0] * missing])}
+    common |= {"K": K, "HAS_NORM": norm_weight is not None, "HAS_RESIDUAL": residual is not None, "GATED": gated}
+    operands = (x, norm_weight, residual, y, *weights, *[weights[0]] * missing, eps)
+    if isinstance(config, GemvConfig):
+        decode_gemv_kernel[(tiles,)](
+            *operands, **common, BN=config.BN, BK=config.BK, UNROLL=config.UNROLL, num_warps=config.num_warps
+        )
+        return
+    N = x.shape[0]
+    decode_skinny_kernel[(tiles, triton.cdiv(N, config.BM))](
+        *operands, N, x.stride(0), y.stride(0), **common,
+        BM=config.BM, BN=config.BN, BK=config.BK, STAGES=config.num_stages, UPCAST=upcast,
+        num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+__all__ = ["MAX_WEIGHTS", "decode_gemv_kernel", "decode_linear", "decode_skinny_kernel"]
