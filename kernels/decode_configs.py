@@ -68,7 +68,7 @@ def skinny_config(tokens: int, columns: int, rows: int, itemsize: int) -> Skinny
 
 
 def latent_config(heads: int, width: int, itemsize: int) -> LatentConfig:
-    """Attention of `heads` heads over latent rows of `width` elements."""
+    """Attention of `heads` heads over rows whose latent has `width` elements."""
     BH = padded(heads)
     row = padded(width) * itemsize
     BL = max(16, min(64, (1 << 16) // row))

@@ -41,7 +41,7 @@ def decode_absorb_kernel(
     if i_h == H:
         if i_r == 0:
             o_r = tl.arange(0, BRR)
-            rows = tl.multiple_of(tl.load(table), 16).to(tl.pointer_type(p.dtype.element_ty))
+            rows = tl.load(table).to(tl.pointer_type(p.dtype.element_ty))
             rows += (i_n // T) * tl.load(table + 1) + (tl.load(past) + i_n % T) * (R + S)
             b_c = tl.load(p + H * (D + S) + o_r, mask=o_r < R, other=0.0).to(tl.float32)
             b_c *= tl.rsqrt(tl.sum(b_c * b_c, axis=0) / R + eps)
@@ -84,16 +84,16 @@ def decode_attend_kernel(
     if begin >= end:
         return
     i_b = i_n // T
-    rows = tl.multiple_of(tl.load(table), 16).to(tl.pointer_type(q.dtype.element_ty))
+    rows = tl.multiple_of(tl.load(table).to(tl.pointer_type(q.dtype.element_ty)), 16)
     rows += tl.multiple_of(i_b * tl.load(table + 1), 16)
     p_mask = tl.load(table + 2)
-    has_mask = p_mask != 0
     mask = (p_mask + i_b * tl.load(table + 3)).to(tl.pointer_type(tl.int8))
     o_h, o_r, o_s, o_l = tl.arange(0, BH), tl.arange(0, BR), tl.arange(0, BS), tl.arange(0, BL)
     p_q = q + i_n * (H * (R + S)) + o_h[None, :] * (R + S)
     m_h = o_h < H
     b_q = tl.load(p_q + o_r[:, None], mask=(o_r < R)[:, None] & m_h[None, :], other=0.0)
     b_qs = tl.load(p_q + R + o_s[:, None], mask=(o_s < S)[:, None] & m_h[None, :], other=0.0)
+    m_masked = o_l.to(tl.int64) * 0 + p_mask != 0  # a vector: the interpreter's "and" of a mask and a scalar is no mask
     b_m = tl.full([BH], -1e30, tl.float32)
     b_l = tl.zeros([BH], tl.float32)
     b_o = tl.zeros([BR, BH], tl.float32)
@@ -104,8 +104,7 @@ def decode_attend_kernel(
         b_cs = tl.load(p_rows + R + o_s[None, :], mask=m_l[:, None] & (o_s < S)[None, :], other=0.0)
         b_a = kda_dot(b_c, b_q, None, q.dtype.element_ty, "ieee", UPCAST)
         b_a = kda_dot(b_cs, b_qs, b_a, q.dtype.element_ty, "ieee", UPCAST) * scale
-        if has_mask:
-            m_l = m_l & (tl.load(mask + i_l + o_l, mask=m_l, other=0) != 0)
+        m_l = m_l & (tl.load(mask + i_l + o_l, mask=m_l & m_masked, other=1) != 0)
         b_a = tl.where(m_l[:, None], b_a, float("-inf"))
         b_m_new = tl.maximum(b_m, tl.max(b_a, axis=0))
         b_a = tl.exp2(b_a - b_m_new[None, :])

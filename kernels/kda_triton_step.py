@@ -84,7 +84,7 @@ def kda_step_fwd_kernel(
         window_q = tl.load(state + 1).to(tl.pointer_type(q.dtype.element_ty))
         window_k = window_q + H * K * (W - 1)
         window_v = window_k + H * K * (W - 1)
-        state = tl.multiple_of(tl.load(state), 16).to(tl.pointer_type(tl.float32))
+        state = tl.multiple_of(tl.load(state).to(tl.pointer_type(tl.float32)), 16)
     n_t = T
     if HAS_LENGTHS:
         n_t = tl.minimum(tl.load(lengths + i_b).to(tl.int32), T)

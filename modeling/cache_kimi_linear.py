@@ -91,6 +91,10 @@ class KDACacheLayer(LinearAttentionCacheLayerMixin):
         self.lazy_initialization(recurrent_states=recurrent_states)
         return recurrent_states
 
+    def advance(self, tokens: int) -> None:
+        """Count `tokens` more positions, which a kernel has taken into `state` and `window` in place."""
+        self.seen_tokens += tokens
+
     def get_seq_length(self) -> int:
         """Positions appended so far."""
         return self.seen_tokens
@@ -218,6 +222,20 @@ class LatentCacheLayer(CacheLayerMixin):
             self._rows[:, self._length : end] = new_rows
         self._length = end
         return self.keys, self.values
+
+    @property
+    def storage(self) -> torch.Tensor | None:
+        """[B, capacity, kv_lora_rank + qk_rope_head_dim], all rows that are allocated."""
+        return self._rows
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` rows in all; moves the storage if it has to grow."""
+        if length > self._rows.shape[1]:
+            self._grow(length)
+
+    def advance(self, tokens: int) -> None:
+        """Count `tokens` more rows, which a kernel has written to `storage`."""
+        self._length += tokens
 
     def _grow(self, needed: int) -> None:
         capacity = max(needed, self._length + max(_BLOCK, self._length // 8))

@@ -21,6 +21,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from ..configuration.configuration_kimi_linear import KimiLinearConfig
 from ..kernels.kda_checks import check_cu_seqlens
 from .cache_kimi_linear import KimiLinearCache
+from .decode_loop import can_sample_with_steps, sample_with_steps
+from .decode_path import DecodePath, serves, step_mask
 from .input_checks import (
     check_cache,
     check_embeddings,
@@ -327,7 +329,14 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
         self.model = KimiLinearModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._decode = DecodePath()
         self.post_init()
+
+    @property
+    def decode_path(self) -> str:
+        """How this model decodes as it stands: by captured steps, or layer by layer and why."""
+        reason = self._decode.reason(self)
+        return "captured steps" if reason is None else f"layer by layer: {reason}"
 
     @can_return_tuple
     def forward(
@@ -351,6 +360,11 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
         Returns:
             logits [B, T or logits_to_keep, vocab_size], the loss if `labels` are given, and what else was asked for.
         """
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if labels is None and inputs_embeds is None:
+            logits = self._step_logits(input_ids, attention_mask, past_key_values, kwargs)
+            if logits is not None:
+                return MoeCausalLMOutputWithPast(logits=logits[:, kept], past_key_values=past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -360,7 +374,6 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
@@ -373,6 +386,46 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
+        )
+
+    def _step_logits(
+        self, input_ids: Any, attention_mask: Any, past_key_values: Any, kwargs: dict[str, Any]
+    ) -> torch.Tensor | None:
+        """Logits [B, T, vocab_size] by a captured step, or None where the layers are to be run one by one."""
+        if not serves(past_key_values, input_ids, attention_mask, kwargs, self.config):
+            return None
+        step = self._decode.step(self, *input_ids.shape)
+        if step is None:
+            return None
+        (batch_size, length), past_length = input_ids.shape, past_key_values.get_seq_length()
+        check_token_ids(input_ids, self.config.vocab_size)
+        check_cache(past_key_values, self.config, batch_size)
+        check_mask(attention_mask, batch_size, length, past_length)
+        honoured, mask = step_mask(attention_mask, length)
+        return step(past_key_values, input_ids, mask) if honoured else None
+
+    def _sample(
+        self,
+        input_ids: torch.LongTensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Greedy search and sampling: around captured decode steps where the model has them, else transformers' loop."""
+        step = None
+        if can_sample_with_steps(generation_config, model_kwargs, synced_gpus):
+            step = self._decode.step(self, input_ids.shape[0], 1)
+        if step is None:
+            return super()._sample(
+                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
+            )
+        outputs = self._prefill(input_ids, generation_config, model_kwargs)
+        mask = model_kwargs.get("attention_mask")
+        return sample_with_steps(
+            self, step, outputs, input_ids, logits_processor, stopping_criteria, generation_config, streamer, mask
         )
 
     @staticmethod

@@ -1,0 +1,131 @@
+"""The loop of greedy search and sampling around captured decode steps.
+
+It does what transformers' `GenerationMixin._sample` does with its logits processors and stopping criteria, and
+differs in what happens between two steps: everything is prepared while the previous step runs, so that the GPU waits
+for the host only from the moment a stopping rule has its answer until one graph is launched. Without a rule that looks
+at tokens (no eos token, no stop string), the host never waits.
+"""
+
+from typing import Any
+
+import torch
+from transformers.generation import GenerateDecoderOnlyOutput, MaxLengthCriteria
+
+from .cache_kimi_linear import KimiLinearCache
+from .decode_path import step_mask
+from .decode_step import DecodeStep
+
+
+def can_sample_with_steps(generation_config: Any, model_kwargs: dict[str, Any], synced_gpus: bool) -> bool:
+    """Whether `sample_with_steps` does all that is asked."""
+    wants_layers = generation_config.return_dict_in_generate and (
+        generation_config.output_attentions or generation_config.output_hidden_states
+    )
+    plain_cache = isinstance(model_kwargs.get("past_key_values"), KimiLinearCache) and model_kwargs.get("use_cache")
+    return plain_cache and not (wants_layers or synced_gpus or generation_config.is_assistant)
+
+
+def sample_with_steps(
+    model: Any,
+    step: DecodeStep,
+    outputs: Any,
+    input_ids: torch.Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    streamer: Any,
+    attention_mask: torch.Tensor | None,
+) -> torch.Tensor | GenerateDecoderOnlyOutput:
+    """Continue from `outputs`, the prompt's; arguments and result are those of `GenerationMixin._sample`.
+
+    Args:
+        model: for its device.
+        step: for input_ids.shape[0] sequences of one token.
+        outputs: of the prompt's forward: its last logits and the `KimiLinearCache`.
+        input_ids: [B, T], the prompt.
+        logits_processor, stopping_criteria, generation_config, streamer: from `generate`.
+        attention_mask: [B, cached positions] of the prompt, or None.
+    """
+    cache, records = outputs.past_key_values, _Records(generation_config)
+    mask = _mask_for_all_steps(attention_mask, stopping_criteria, step)
+    pad = generation_config._pad_token_tensor
+    has_eos = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
+    only_length = all(isinstance(criteria, MaxLengthCriteria) for criteria in stopping_criteria)
+    unfinished = torch.ones(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
+    logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+    del outputs
+    while True:
+        scores = logits_processor(input_ids, logits)
+        records.add(scores, logits)
+        if generation_config.do_sample:
+            next_tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+        else:
+            next_tokens = scores.argmax(dim=-1)
+        if has_eos:
+            next_tokens = next_tokens * unfinished + pad.to(next_tokens.device) * (1 - unfinished)
+        input_ids = torch.cat([input_ids, next_tokens[:, None]], dim=-1)
+        if streamer is not None:
+            streamer.put(next_tokens.cpu())
+        if only_length:
+            if any(input_ids.shape[1] >= criteria.max_length for criteria in stopping_criteria):
+                break
+            finished = None
+        else:
+            unfinished = unfinished & ~stopping_criteria(input_ids, records.scores)
+            finished = unfinished.max() == 0
+        with step.lock:
+            if mask is not None:
+                mask = _grown(mask, cache.get_seq_length() + 1)
+            step.prepare(cache, next_tokens[:, None], mask)
+            if finished is not None and bool(finished):  # waits for the GPU, with the next step ready to go
+                break
+            logits = step.run(cache)[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+    if streamer is not None:
+        streamer.end()
+    return records.result(input_ids, cache)
+
+
+class _Records:
+    """What `return_dict_in_generate` collects."""
+
+    def __init__(self, generation_config: Any) -> None:
+        self._returns_dict = generation_config.return_dict_in_generate
+        self.scores: tuple[torch.Tensor, ...] | None = None
+        self.logits: tuple[torch.Tensor, ...] | None = None
+        if self._returns_dict and generation_config.output_scores:
+            self.scores = ()
+        if self._returns_dict and generation_config.output_logits:
+            self.logits = ()
+
+    def add(self, scores: torch.Tensor, logits: torch.Tensor) -> None:
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.logits is not None:
+            self.logits += (logits,)
+
+    def result(self, sequences: torch.Tensor, cache: KimiLinearCache) -> torch.Tensor | GenerateDecoderOnlyOutput:
+        if not self._returns_dict:
+            return sequences
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences, scores=self.scores, logits=self.logits, past_key_values=cache
+        )
+
+
+def _mask_for_all_steps(
+    attention_mask: torch.Tensor | None, stopping_criteria: Any, step: DecodeStep
+) -> torch.Tensor | None:
+    """The prompt's mask with room for what is generated, or None if nothing is padding."""
+    if attention_mask is None:
+        return None
+    _, mask = step_mask(attention_mask.to(step.device), attention_mask.shape[1])
+    return None if mask is None else _grown(mask, max(mask.shape[1] + 256, stopping_criteria.max_length or 0))
+
+
+def _grown(mask: torch.Tensor, length: int) -> torch.Tensor:
+    """`mask` with at least `length` columns, those behind it True."""
+    if length <= mask.shape[1]:
+        return mask
+    return torch.nn.functional.pad(mask, (0, max(length - mask.shape[1], 256)), value=True)
+
+
+__all__ = ["can_sample_with_steps", "sample_with_steps"]

@@ -1,0 +1,286 @@
+"""The decode step: a few tokens of every sequence through the whole model, as one CUDA graph over few fused kernels.
+
+At batch 1 a step has to read 6.2 GB of weights, 1.4 ms on an H200; everything else is overhead to keep small. So the
+projections that share an input are one launch, norms and residual sums are part of their neighbours, MLA stays in
+latent space, and the host launches one graph. The graph reads and writes the cache's own storage: addresses and lengths
+are in device memory, so it serves every cache, every length, and a cache that moves when it grows.
+
+| layer | launches (one token) |
+|---|---|
+| KDA | norm + six projections; decay and output gate; convolutions to gated norm; o_proj + residual |
+| MLA | norm + two projections; to latent space + new row; attention; from latent space; o_proj + residual |
+| MoE | norm + router + shared expert's first half; experts up; experts down + shared expert + residual |
+| dense MLP | norm + gate and up; down + residual |
+
+Rounding differs from the layers' own forward in places: a norm's output is not rounded before its projection, sums are
+rounded once. Nothing is less precise.
+"""
+
+import threading
+from typing import Any
+
+import torch
+
+from ..configuration.configuration_kimi_linear import KimiLinearConfig
+from ..kernels.decode_configs import down_config, experts_config, gemv_config, latent_config, skinny_config
+from ..kernels.decode_experts import decode_expert_down, decode_expert_up
+from ..kernels.decode_grouped_experts import decode_grouped_experts
+from ..kernels.decode_latent import decode_latent_attention
+from ..kernels.decode_linear import decode_linear
+from ..kernels.decode_routing import decode_group, decode_route, most_blocks
+from ..kernels.kda_triton_configs import step_config
+from ..kernels.kda_triton_step import kda_step_fwd
+from .cache_kimi_linear import KDACacheLayer, KimiLinearCache
+
+# Most tokens (batch times new tokens) of a step: what the skinny products hold at once.
+MAX_STEP_TOKENS = 64
+
+
+class DecodeStep:
+    """Logits of `tokens` new tokens for each of `batch` sequences, over a `KimiLinearCache` that has seen some.
+
+    On a GPU the launches are captured at construction; elsewhere (Triton's interpreter) they run one by one.
+
+    Args:
+        model: a `KimiLinearForCausalLM` whose parameters are plain, of one dtype, on one device.
+        batch: sequences.
+        tokens: new tokens of each.
+    """
+
+    def __init__(self, model: Any, batch: int, tokens: int) -> None:
+        self.model, self.batch, self.tokens = model, batch, tokens
+        self.config: KimiLinearConfig = model.config
+        weight = model.lm_head.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        self._upcast = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+        self._allocate()
+        self._lock = threading.Lock()
+        self._held: tuple[int, ...] | None = None  # what the table holds
+        self._past_on_device = -1
+        self._done: torch.cuda.Event | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if self.device.type == "cuda":
+            self._capture()
+
+    def _allocate(self) -> None:
+        """Everything that passes between launches."""
+        config, N = self.config, self.batch * self.tokens
+        H, heads = config.hidden_size, config.num_attention_heads
+        kda = config.linear_num_heads * config.linear_head_dim
+        R, S = config.kv_lora_rank, config.qk_rope_head_dim
+
+        def empty(*shape: int, dtype: torch.dtype = self.dtype) -> torch.Tensor:
+            return torch.empty(*shape, dtype=dtype, device=self.device)
+
+        widths = [3 * kda + 2 * config.linear_head_dim + config.linear_num_heads, 2 * config.intermediate_size]
+        widths.append(heads * config.qk_head_dim + R + S)
+        self.input_ids = torch.zeros(N, dtype=torch.int64, device=self.device)
+        self.table = torch.zeros(config.num_hidden_layers, 4, dtype=torch.int64, device=self.device)
+        self.past = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.x, self.p, self.gates = empty(N, H), empty(N, max(widths)), empty(N, 2 * kda)
+        self.o = empty(N, max(kda, heads * config.v_head_dim))
+        multiprocessors = 4
+        if self.device.type == "cuda":
+            multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        splits = max(1, multiprocessors // N)
+        self.q_latent = empty(N, heads, R + S)
+        self.partial = empty(N, splits, heads, R, dtype=torch.float32)
+        self.partial_lse = empty(N, splits, heads, dtype=torch.float32)
+        self.logits = empty(N, config.vocab_size)
+        if "sparse" in config.mlp_layer_types:
+            E, topk, I = config.num_experts, config.num_experts_per_token, config.moe_intermediate_size
+            self.router = empty(N, E + 2 * I * config.num_shared_experts, dtype=torch.float32)
+            self.h, self.z = empty(N * topk, I), empty(N * topk, H)
+            self.chosen = empty(N, topk, dtype=torch.int32)
+            self.expert_weights = empty(N, topk, dtype=torch.float32)
+            BM = 16
+            blocks = most_blocks(N, topk, E, BM)
+            self.groups = (
+                empty(blocks * BM, dtype=torch.int32),
+                empty(blocks, dtype=torch.int32),
+                empty(1, dtype=torch.int32),
+            )
+            itemsize = self.x.element_size()
+            self.grouped_configs = tuple(
+                skinny_config(N, columns, rows, itemsize)._replace(BM=BM) for columns, rows in ((H, 2 * I), (I, H))
+            )
+
+    def _capture(self) -> None:
+        """Record the launches, on scratch memory in place of a cache."""
+        config, B = self.config, self.batch
+        K, heads = config.linear_head_dim, config.linear_num_heads
+        state = torch.zeros(B, heads, K, K, dtype=torch.float32, device=self.device)
+        window = torch.zeros(B, 3 * heads * K, config.linear_conv_kernel_dim - 1, dtype=self.dtype, device=self.device)
+        rows = torch.zeros(
+            B, self.tokens, config.kv_lora_rank + config.qk_rope_head_dim, dtype=self.dtype, device=self.device
+        )
+        for i, kind in enumerate(config.layer_types):
+            kda = kind == "linear_attention"
+            entry = (state.data_ptr(), window.data_ptr(), 0, 0) if kda else (rows.data_ptr(), rows.stride(0), 0, 0)
+            self.table[i].copy_(torch.tensor(entry))
+        with torch.cuda.device(self.device):
+            self._launch()  # compiles what is not compiled yet
+            self.past.zero_()
+            torch.cuda.synchronize()
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._launch()
+            self._done = torch.cuda.Event()
+
+    def __call__(
+        self, cache: KimiLinearCache, input_ids: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits [batch, tokens, vocab_size] of `input_ids` [batch, tokens], which `cache` has seen afterwards.
+
+        `mask` is bool [batch, at least past + tokens], dense in its last dimension, False at padding; the new tokens
+        are never padding. It is read when the step runs. Safe to call from several threads.
+        """
+        with self._lock:
+            self.prepare(cache, input_ids, mask)
+            return self.run(cache).clone()
+
+    def prepare(self, cache: KimiLinearCache, input_ids: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+        """Everything that can be done before `run`; the caller holds `lock` from here until it has read the logits."""
+        past = cache.get_seq_length()
+        entries: list[int] = []
+        for layer in cache.layers:
+            if isinstance(layer, KDACacheLayer):
+                entries += (layer.state.data_ptr(), layer.window.data_ptr(), 0, 0)
+            else:
+                layer.reserve(past + self.tokens)
+                rows = layer.storage
+                masked = (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))
+                entries += (rows.data_ptr(), rows.stride(0), *masked)
+        if self._done is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._done)  # of a run in another stream
+        held = tuple(entries)
+        if held != self._held:
+            self.table.copy_(torch.tensor(entries).view_as(self.table))
+            self._held = held
+        if past != self._past_on_device:
+            self.past.fill_(past)
+            self._past_on_device = past
+        self.input_ids.copy_(input_ids.reshape(-1))
+
+    def run(self, cache: KimiLinearCache) -> torch.Tensor:
+        """Logits [batch, tokens, vocab_size] behind `prepare`; they are overwritten by the next run."""
+        self._past_on_device, past = -1, self._past_on_device  # an interruption leaves it unknown
+        if self._graph is None:
+            self._launch()
+        else:
+            self._graph.replay()
+            self._done.record(torch.cuda.current_stream(self.device))
+        for layer in cache.layers:
+            layer.advance(self.tokens)
+        self._past_on_device = past + self.tokens
+        return self.logits.view(self.batch, self.tokens, -1)
+
+    @property
+    def lock(self) -> threading.Lock:
+        """Held while the step's buffers are in use."""
+        return self._lock
+
+    @torch.no_grad()
+    def _launch(self) -> None:
+        model = self.model.model
+        torch.index_select(model.embed_tokens.weight, 0, self.input_ids, out=self.x)
+        for layer, entry in zip(model.layers[: self.config.num_hidden_layers], self.table):
+            norm = layer.input_layernorm
+            (self._kda if layer.is_kda else self._mla)(layer.self_attn, norm, entry)
+            norm = layer.post_attention_layernorm
+            if layer.is_moe:
+                self._moe(layer.block_sparse_moe, norm)
+            else:
+                self._dense(layer.mlp, norm)
+        self._linear(self.x, [self.model.lm_head.weight], self.logits, norm=model.norm)
+        self.past.add_(self.tokens)
+
+    def _linear(
+        self, x: torch.Tensor, weights: list[torch.Tensor], y: torch.Tensor, norm: Any = None, **options: Any
+    ) -> None:
+        columns, rows = weights[0].shape[1], sum(weight.shape[0] for weight in weights)
+        if x.shape[0] == 1:
+            config = gemv_config(columns, rows)
+        else:
+            config = skinny_config(x.shape[0], columns, rows, x.element_size())
+        if norm is not None:
+            options |= {"norm_weight": norm.weight, "eps": norm.variance_epsilon}
+        decode_linear(x, weights, y, config, upcast=self._upcast, **options)
+
+    def _part(self, buffer: torch.Tensor, width: int) -> torch.Tensor:
+        """[N, width] at the front of a buffer that layers of several widths share."""
+        N = self.batch * self.tokens
+        return buffer.view(-1)[: N * width].view(N, width)
+
+    def _kda(self, kda: Any, norm: Any, entry: torch.Tensor) -> None:
+        heads, K, B, T = kda.num_heads, kda.head_dim, self.batch, self.tokens
+        inner = heads * K
+        projections = [kda.q_proj, kda.k_proj, kda.v_proj, kda.f_a_proj, kda.g_a_proj, kda.b_proj]
+        p = self._part(self.p, 3 * inner + 2 * K + heads)
+        self._linear(self.x, [module.weight for module in projections], p, norm)
+        columns = (3 * inner, 3 * inner + K)
+        self._linear(p, [kda.f_b_proj.weight, kda.g_b_proj.weight], self.gates, x_columns=columns)
+        q, k, v, _, beta = p.view(B, T, -1).split([inner, inner, inner, 2 * K, heads], dim=2)
+        f, gate = self.gates.view(B, T, -1).chunk(2, dim=2)
+        o = self._part(self.o, inner)
+        weights = tuple(conv.weight[:, 0] for conv in (kda.q_conv1d, kda.k_conv1d, kda.v_conv1d))
+        kda_step_fwd(
+            q, k, v, f, beta, gate, o.view(B, T, heads, K), weights, None,
+            kda.A_log, kda.dt_bias, kda.o_norm.weight, entry, None,
+            K**-0.5, kda.o_norm.variance_epsilon, step_config(K, K),
+        )  # fmt: skip
+        self._linear(o, [kda.o_proj.weight], self.x, residual=self.x)
+
+    def _mla(self, mla: Any, norm: Any, entry: torch.Tensor) -> None:
+        heads, V = self.config.num_attention_heads, mla.v_head_dim
+        R, S = mla.kv_lora_rank, mla.qk_rope_head_dim
+        p = self._part(self.p, heads * mla.qk_head_dim + R + S)
+        self._linear(self.x, [mla.q_proj.weight, mla.kv_a_proj_with_mqa.weight], p, norm)
+        latent_norm, o = mla.kv_a_layernorm, self._part(self.o, heads * V)
+        decode_latent_attention(
+            p, mla.kv_b_proj.weight, latent_norm.weight, latent_norm.variance_epsilon, entry, self.past,
+            self.q_latent, self.partial, self.partial_lse, o.view(-1, heads, V), self.tokens, S, mla.scaling,
+            latent_config(heads, R, o.element_size()), self._upcast,
+        )  # fmt: skip
+        self._linear(o, [mla.o_proj.weight], self.x, residual=self.x)
+
+    def _dense(self, mlp: Any, norm: Any) -> None:
+        p = self._part(self.p, 2 * mlp.gate_proj.weight.shape[0])
+        self._linear(self.x, [mlp.gate_proj.weight, mlp.up_proj.weight], p, norm)
+        self._linear(p, [mlp.down_proj.weight], self.x, residual=self.x, gated=True)
+
+    def _moe(self, moe: Any, norm: Any) -> None:
+        router, experts, shared = moe.gate, moe.experts, moe.shared_experts
+        E, x = router.num_experts, self.x
+        weights = [router.weight] if shared is None else [router.weight, shared.gate_proj.weight, shared.up_proj.weight]
+        self._linear(x, weights, self.router, norm)
+        logits, hidden = self.router[:, :E], self.router[:, E:]
+        rule = {
+            "factor": router.scaling_factor,
+            "biased": router.biased_weights,
+            "renormalize": router.renormalize,
+        }
+        bias, eps = router.e_score_correction_bias, norm.variance_epsilon
+        gate_up, down = experts.gate_up_proj, experts.down_proj
+        if x.shape[0] == 1:
+            up_config, config = experts_config(x.shape[1]), down_config(down.shape[2])
+            decode_expert_up(
+                x, norm.weight, eps, logits, bias, gate_up, self.h, self.chosen, self.expert_weights, up_config, **rule
+            )
+            shared_down = None if shared is None else shared.down_proj.weight
+            decode_expert_down(
+                self.h, None if shared is None else hidden, self.chosen, self.expert_weights, down, shared_down, x,
+                config,
+            )  # fmt: skip
+            return
+        decode_route(logits, bias, self.chosen, self.expert_weights, **rule)
+        decode_group(self.chosen, *self.groups, E)
+        decode_grouped_experts(
+            x, norm.weight, eps, self.expert_weights, self.groups, gate_up, down, self.h, self.z, x,
+            self.grouped_configs, self._upcast,
+        )  # fmt: skip
+        if shared is not None:
+            self._linear(hidden, [shared.down_proj.weight], x, residual=x, gated=True)
+
+
+__all__ = ["MAX_STEP_TOKENS", "DecodeStep"]
