@@ -73,6 +73,8 @@ def _changing_reason(model: Any) -> str | None:
     by_name = model.config.kda_backend == "triton"
     if not kernels_serve(device) or not (by_name or (device.type == "cuda" and is_first_choice(device))):
         return f"the kernels need Triton and an NVIDIA GPU from sm_80 on; the model is on {device}"
+    if len(model.model.layers) != model.config.num_hidden_layers:
+        return f"only {model.config.num_hidden_layers} of {len(model.model.layers)} layers are in use (early exit)"
     if model.training:
         return "the model is in training mode; call model.eval()"
     if torch.compiler.is_compiling():

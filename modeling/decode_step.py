@@ -17,6 +17,7 @@ rounded once. Nothing is less precise.
 """
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -119,13 +120,30 @@ class DecodeStep:
             entry = (state.data_ptr(), window.data_ptr(), 0, 0) if kda else (rows.data_ptr(), rows.stride(0), 0, 0)
             self.table[i].copy_(torch.tensor(entry))
         with torch.cuda.device(self.device):
-            self._launch()  # compiles what is not compiled yet
+            self._compile()
+            self._launch()
             self.past.zero_()
             torch.cuda.synchronize()
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._launch()
             self._done = torch.cuda.Event()
+
+    def _compile(self) -> None:
+        """Compile the kernels of each kind of layer side by side: in turn they would take some ten seconds."""
+
+        def launch(part: Any) -> None:
+            with torch.cuda.device(self.device):
+                part()
+
+        kinds = {(layer.is_kda, layer.is_moe): i for i, layer in enumerate(self.model.model.layers)}
+        parts = [self._launch_head]
+        for i in kinds.values():
+            layer, entry = self.model.model.layers[i], self.table[i]
+            parts += [lambda a=layer, b=entry: self._launch_mixer(a, b), lambda a=layer: self._launch_mlp(a)]
+        with ThreadPoolExecutor(len(parts)) as pool:
+            for done in [pool.submit(launch, part) for part in parts]:
+                done.result()
 
     def __call__(
         self, cache: KimiLinearCache, input_ids: torch.Tensor, mask: torch.Tensor | None = None
@@ -184,16 +202,23 @@ class DecodeStep:
     def _launch(self) -> None:
         model = self.model.model
         torch.index_select(model.embed_tokens.weight, 0, self.input_ids, out=self.x)
-        for layer, entry in zip(model.layers[: self.config.num_hidden_layers], self.table):
-            norm = layer.input_layernorm
-            (self._kda if layer.is_kda else self._mla)(layer.self_attn, norm, entry)
-            norm = layer.post_attention_layernorm
-            if layer.is_moe:
-                self._moe(layer.block_sparse_moe, norm)
-            else:
-                self._dense(layer.mlp, norm)
-        self._linear(self.x, [self.model.lm_head.weight], self.logits, norm=model.norm)
+        for layer, entry in zip(model.layers, self.table):
+            self._launch_mixer(layer, entry)
+            self._launch_mlp(layer)
+        self._launch_head()
         self.past.add_(self.tokens)
+
+    def _launch_mixer(self, layer: Any, entry: torch.Tensor) -> None:
+        (self._kda if layer.is_kda else self._mla)(layer.self_attn, layer.input_layernorm, entry)
+
+    def _launch_mlp(self, layer: Any) -> None:
+        if layer.is_moe:
+            self._moe(layer.block_sparse_moe, layer.post_attention_layernorm)
+        else:
+            self._dense(layer.mlp, layer.post_attention_layernorm)
+
+    def _launch_head(self) -> None:
+        self._linear(self.x, [self.model.lm_head.weight], self.logits, norm=self.model.model.norm)
 
     def _linear(
         self, x: torch.Tensor, weights: list[torch.Tensor], y: torch.Tensor, norm: Any = None, **options: Any
