@@ -8,9 +8,13 @@ from typing import NamedTuple
 
 
 class GemvConfig(NamedTuple):
-    """One token. BN: rows of the weights a program takes, BK: columns at a time, UNROLL: column blocks in flight."""
+    """
+    One token. BN: rows of the weights a program takes, FIRST: columns loaded ahead of the inputs, then BK columns at
+    a time and UNROLL such blocks in flight.
+    """
 
     BN: int
+    FIRST: int
     BK: int
     UNROLL: int
     num_warps: int
@@ -35,6 +39,11 @@ class LatentConfig(NamedTuple):
     num_stages: int
 
 
+def launch_options(pdl: bool) -> dict[str, bool]:
+    """Launch keywords; only NVIDIA's backend knows `launch_pdl`."""
+    return {"launch_pdl": True} if pdl else {}
+
+
 def padded(size: int, least: int = 16) -> int:
     """The next power of two, at least `least`."""
     return max(least, 1 << (size - 1).bit_length())
@@ -42,21 +51,27 @@ def padded(size: int, least: int = 16) -> int:
 
 def gemv_config(columns: int, rows: int) -> GemvConfig:
     """One token times weights of `rows` rows in all, `columns` wide."""
-    BK = min(256, padded(columns))
-    blocks = -(-columns // BK)
-    BN = 8 if rows >= 4096 else 4
-    unroll = next(u for u in (9, 8, 4, 2, 1) if blocks % u == 0)
-    return GemvConfig(BN, BK, unroll, 4)
+    BN = 8 if columns > 256 else 16
+    first = min(1024, padded(columns))
+    while first > columns and first > 16:
+        first //= 2
+    BK = min(512 if columns % 512 == 0 else 256, first)
+    blocks = -(-(columns - first) // BK)
+    unroll = next(u for u in (8, 7, 6, 5, 4, 3, 2, 1) if blocks % u == 0)
+    return GemvConfig(BN, first, BK, unroll, 4)
 
 
 def experts_config(columns: int) -> GemvConfig:
-    """One token times one expert's weights, `columns` wide."""
-    return gemv_config(columns, 4096)
+    """One token times one expert's gate and up projections, `columns` wide."""
+    config = gemv_config(columns, 4096)
+    return config._replace(BN=4)
 
 
 def down_config(columns: int) -> GemvConfig:
     """One token's hidden activations times the down projections of its experts, `columns` wide."""
-    return gemv_config(columns, 0)
+    BK = min(512, padded(columns))
+    unroll = next(u for u in (2, 1) if -(-columns // BK) % u == 0)
+    return GemvConfig(4, BK * unroll, BK, unroll, 4)
 
 
 def skinny_config(tokens: int, columns: int, rows: int, itemsize: int) -> SkinnyConfig:
@@ -83,6 +98,7 @@ __all__ = [
     "experts_config",
     "gemv_config",
     "latent_config",
+    "launch_options",
     "padded",
     "skinny_config",
 ]

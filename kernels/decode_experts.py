@@ -1,16 +1,19 @@
 """
-Decode step: the routed experts of one token, two launches.
+Decode step: the experts of one token, routed and shared, two launches.
 
-    h_s   = silu(G_e x̂) (U_e x̂)                 e = expert of choice s, [G_e; U_e] = gate_up_proj[e]      [TOPK, I]
-    y    += sum_s w_s D_e h_s + D_shared (silu(g) u)           D_e = down_proj[e]                          [H]
+    h_s   = silu(G_s x̂) (U_s x̂)             [G_s; U_s] = gate_up_proj[e], e the expert of choice s         [TOPK + NS, I]
+    y    += sum_s w_s D_s h_s                D_s = down_proj[e]                                            [H]
 
-x̂ is the RMSNorm of x. The first launch chooses the experts itself (every program anew: eight maxima over the router's
-logits cost less than a launch) and leaves choice and weight for the second. Sums are fp32 and rounded once.
+x̂ is the RMSNorm of x. The shared expert stands behind the routed ones as NS choices of weight one, each I of its hidden
+channels. The first launch chooses the experts itself (every program anew: eight maxima over the router's logits cost
+less than a launch) and leaves choice and weight for the second. Sums are fp32 and rounded once. What is known before
+the router has spoken, the shared expert's weights, is loaded ahead (PDL, see decode_linear).
 """
 
 import torch
 
-from .decode_configs import GemvConfig
+from .decode_configs import GemvConfig, launch_options
+from .decode_linear import decode_input
 from .decode_routing import decode_topk
 from .kda_triton_math import kda_sigmoid
 
@@ -23,68 +26,97 @@ except ImportError:
 
 @triton.jit
 def decode_expert_up_kernel(
-    x, norm_weight, logits, bias, gate_up, h, chosen, weights, eps, factor,
+    x, norm_weight, logits, bias, gate_up, shared_gate, shared_up, h, chosen, weights, eps, factor,
     E: tl.constexpr, BE: tl.constexpr, TOPK: tl.constexpr, BIASED: tl.constexpr, RENORMALIZE: tl.constexpr,
-    K: tl.constexpr, I: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr,
+    K: tl.constexpr, I: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr, FIRST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of BN hidden channels, choice)."""
-    i_n, i_slot = tl.program_id(0), tl.program_id(1)
-    expert, weight = decode_topk(logits, bias, i_slot, E, BE, TOPK, BIASED, RENORMALIZE)
-    if i_n == 0:
-        tl.store(chosen + i_slot, expert)
-        tl.store(weights + i_slot, weight * factor)
-    o_n = i_n * BN + tl.arange(0, BN)
+    """Program (tile of BN hidden channels, choice); the shared expert's choices come first."""
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     m_n = o_n < I
-    p_g = gate_up + expert.to(tl.int64) * (2 * I * K) + o_n[:, None] * K
-    p_u = p_g + I * K
-    b_g = tl.zeros([BN, BK], tl.float32)
-    b_u = tl.zeros([BN, BK], tl.float32)
-    b_ss = tl.zeros([BK], tl.float32)
-    for i_k in range(0, K, BK * UNROLL):
-        for u in tl.static_range(UNROLL):
-            o_k = i_k + u * BK + tl.arange(0, BK)
-            m_k = o_k < K if K % (BK * UNROLL) != 0 else tl.full([BK], True, tl.int1)
-            m_w = m_n[:, None] & m_k[None, :]
-            b_wg = tl.load(p_g + o_k[None, :], mask=m_w, other=0.0).to(tl.float32)
-            b_wu = tl.load(p_u + o_k[None, :], mask=m_w, other=0.0).to(tl.float32)
-            b_x = tl.load(x + o_k, mask=m_k, other=0.0).to(tl.float32)
-            b_ss += b_x * b_x
-            b_x *= tl.load(norm_weight + o_k, mask=m_k, other=0.0).to(tl.float32)
-            b_g += b_wg * b_x[None, :]
-            b_u += b_wu * b_x[None, :]
-    r = tl.rsqrt(tl.sum(b_ss, axis=0) / K + eps)
-    b_gate, b_up = tl.sum(b_g, axis=1) * r, tl.sum(b_u, axis=1) * r
-    tl.store(h + i_slot * I + o_n, (b_gate * kda_sigmoid(b_gate) * b_up).to(h.dtype.element_ty), mask=m_n)
+    i_shared = tl.num_programs(1) - TOPK - 1 - tl.program_id(1)  # from 0 on: a choice of the shared expert
+    i_slot = tl.num_programs(1) - 1 - tl.program_id(1)
+    p_g = shared_gate + (i_shared * I + o_n[:, None]) * K
+    p_u = shared_up + (i_shared * I + o_n[:, None]) * K
+    o_k = tl.arange(0, FIRST)
+    m_k = o_k < K
+    m_ahead = m_n[:, None] & m_k[None, :] & (i_shared + o_n[:, None] * 0 >= 0)
+    b_wg = tl.load(p_g + o_k[None, :], mask=m_ahead, other=0.0)
+    b_wu = tl.load(p_u + o_k[None, :], mask=m_ahead, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if i_shared < 0:
+        expert, weight = decode_topk(logits, bias, i_slot, E, BE, TOPK, BIASED, RENORMALIZE)
+        if tl.program_id(0) == 0:
+            tl.store(chosen + i_slot, expert)
+            tl.store(weights + i_slot, weight * factor)
+        p_g = gate_up + expert.to(tl.int64) * (2 * I * K) + o_n[:, None] * K
+        p_u = p_g + I * K
+        m_w = m_n[:, None] & m_k[None, :]
+        b_wg = tl.load(p_g + o_k[None, :], mask=m_w, other=0.0)
+        b_wu = tl.load(p_u + o_k[None, :], mask=m_w, other=0.0)
+    b_x, b_ss = decode_input(x, norm_weight, o_k, m_k, K, True, False)
+    b_gate = tl.sum(b_wg.to(tl.float32) * b_x[None, :], axis=1)
+    b_up = tl.sum(b_wu.to(tl.float32) * b_x[None, :], axis=1)
+    ss = tl.sum(b_ss, axis=0)
+    if K > FIRST:
+        b_g = tl.zeros([BN, BK], tl.float32)
+        b_u = tl.zeros([BN, BK], tl.float32)
+        b_sj = tl.zeros([BK], tl.float32)
+        for i_k in range(FIRST, K, BK * UNROLL):
+            for u in tl.static_range(UNROLL):
+                o_j = i_k + u * BK + tl.arange(0, BK)
+                m_j = o_j < K if (K - FIRST) % (BK * UNROLL) != 0 else tl.full([BK], True, tl.int1)
+                m_wj = m_n[:, None] & m_j[None, :]
+                b_gj = tl.load(p_g + o_j[None, :], mask=m_wj, other=0.0)
+                b_uj = tl.load(p_u + o_j[None, :], mask=m_wj, other=0.0)
+                b_xj, b_xx = decode_input(x, norm_weight, o_j, m_j, K, True, False)
+                b_sj += b_xx
+                b_g += b_gj.to(tl.float32) * b_xj[None, :]
+                b_u += b_uj.to(tl.float32) * b_xj[None, :]
+        b_gate += tl.sum(b_g, axis=1)
+        b_up += tl.sum(b_u, axis=1)
+        ss += tl.sum(b_sj, axis=0)
+    r = tl.rsqrt(ss / K + eps)
+    b_gate *= r
+    tl.store(h + i_slot * I + o_n, (b_gate * kda_sigmoid(b_gate) * b_up * r).to(h.dtype.element_ty), mask=m_n)
 
 
 @triton.jit
 def decode_expert_down_kernel(
-    h, shared, chosen, weights, down, shared_down, y,
-    TOPK: tl.constexpr, H: tl.constexpr, I: tl.constexpr, IS: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr,
+    h, chosen, weights, down, shared_down, y,
+    TOPK: tl.constexpr, NS: tl.constexpr, H: tl.constexpr, I: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program: BN of the H outputs. y holds the residual and is added to; shared [2 IS]: the shared expert's g and u."""
+    """Program: BN of the H outputs. y holds the residual and is added to."""
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     m_n = o_n < H
+    o_k = tl.arange(0, BK)
+    p_shared = shared_down + o_n[:, None] * (NS * I) + o_k[None, :]
+    if NS > 0:
+        b_first = tl.load(p_shared, mask=m_n[:, None] & (o_k < NS * I)[None, :], other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     b_y = tl.zeros([BN, BK], tl.float32)
     for i_slot in range(0, TOPK):
         expert, weight = tl.load(chosen + i_slot).to(tl.int64), tl.load(weights + i_slot)
         p_w = down + expert * (H * I) + o_n[:, None] * I
         for i_k in range(0, I, BK * UNROLL):
             for u in tl.static_range(UNROLL):
-                o_k = i_k + u * BK + tl.arange(0, BK)
-                m_k = o_k < I if I % (BK * UNROLL) != 0 else tl.full([BK], True, tl.int1)
-                b_w = tl.load(p_w + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0).to(tl.float32)
-                b_h = tl.load(h + i_slot * I + o_k, mask=m_k, other=0.0).to(tl.float32) * weight
+                o_i = i_k + u * BK + o_k
+                m_k = o_i < I if I % (BK * UNROLL) != 0 else tl.full([BK], True, tl.int1)
+                b_w = tl.load(p_w + o_i[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0).to(tl.float32)
+                b_h = tl.load(h + i_slot * I + o_i, mask=m_k, other=0.0).to(tl.float32) * weight
                 b_y += b_w * b_h[None, :]
-    for i_k in range(0, IS, BK):
-        o_k = i_k + tl.arange(0, BK)
-        m_k = o_k < IS
-        p_w = shared_down + o_n[:, None] * IS + o_k[None, :]
-        b_w = tl.load(p_w, mask=m_n[:, None] & m_k[None, :], other=0.0).to(tl.float32)
-        b_g = tl.load(shared + o_k, mask=m_k, other=0.0).to(tl.float32)
-        b_g *= kda_sigmoid(b_g) * tl.load(shared + IS + o_k, mask=m_k, other=0.0).to(tl.float32)
-        b_y += b_w * b_g[None, :]
+    if NS > 0:
+        b_h = tl.load(h + TOPK * I + o_k, mask=o_k < NS * I, other=0.0).to(tl.float32)
+        b_y += b_first.to(tl.float32) * b_h[None, :]
+        for i_k in range(BK, NS * I, BK):
+            m_k = i_k + o_k < NS * I
+            b_w = tl.load(p_shared + i_k, mask=m_n[:, None] & m_k[None, :], other=0.0).to(tl.float32)
+            b_y += b_w * tl.load(h + TOPK * I + i_k + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
     b_out = tl.sum(b_y, axis=1) + tl.load(y + o_n, mask=m_n, other=0.0).to(tl.float32)
     tl.store(y + o_n, b_out.to(y.dtype.element_ty), mask=m_n)
 
@@ -96,6 +128,7 @@ def decode_expert_up(
     logits: torch.Tensor,
     bias: torch.Tensor,
     gate_up: torch.Tensor,
+    shared: tuple[torch.Tensor, torch.Tensor] | None,
     h: torch.Tensor,
     chosen: torch.Tensor,
     weights: torch.Tensor,
@@ -104,47 +137,52 @@ def decode_expert_up(
     factor: float,
     biased: bool,
     renormalize: bool,
+    pdl: bool = False,
 ) -> None:
     """
-    Fill h [TOPK, I], chosen [TOPK] int32 and weights [TOPK] fp32 for one token.
+    Fill h [TOPK + NS, I], chosen [TOPK] int32 and weights [TOPK] fp32 for one token.
 
     Args:
         x: [H], the residual stream; norm_weight, eps: of the norm in front of the experts.
         logits: [E] fp32 of the router; bias [E].
         gate_up: [E, 2 I, H] contiguous.
+        shared: gate and up projections [NS I, H] of the shared expert, or None.
         factor, biased, renormalize: see decode_routing.
         config: for rows of H columns.
+        pdl: launch programmatically dependent (see decode_linear).
     """
     E, rows, K = gate_up.shape
-    TOPK, I = h.shape[0], rows // 2
-    decode_expert_up_kernel[(triton.cdiv(I, config.BN), TOPK)](
-        x, norm_weight, logits, bias, gate_up, h, chosen, weights, eps, factor,
+    I, TOPK = rows // 2, chosen.numel()
+    shared_gate, shared_up = shared or (gate_up, gate_up)
+    decode_expert_up_kernel[(triton.cdiv(I, config.BN), h.shape[0])](
+        x, norm_weight, logits, bias, gate_up, shared_gate, shared_up, h, chosen, weights, eps, factor,
         E=E, BE=triton.next_power_of_2(E), TOPK=TOPK, BIASED=biased, RENORMALIZE=renormalize,
-        K=K, I=I, BN=config.BN, BK=config.BK, UNROLL=config.UNROLL, num_warps=config.num_warps,
+        K=K, I=I, BN=config.BN, BK=config.BK, UNROLL=config.UNROLL, FIRST=config.FIRST, PDL=pdl,
+        num_warps=config.num_warps, **launch_options(pdl),
     )  # fmt: skip
 
 
 def decode_expert_down(
     h: torch.Tensor,
-    shared: torch.Tensor | None,
     chosen: torch.Tensor,
     weights: torch.Tensor,
     down: torch.Tensor,
     shared_down: torch.Tensor | None,
     y: torch.Tensor,
     config: GemvConfig,
+    pdl: bool = False,
 ) -> None:
     """
     Add the experts' outputs to y [H], which holds the residual.
 
-    h [TOPK, I], chosen, weights as `decode_expert_up` left them; down [E, H, I] contiguous; shared [2 IS] and
-    shared_down [H, IS] of the shared expert, or None for both; config for rows of I columns.
+    h [TOPK + NS, I], chosen, weights as `decode_expert_up` left them; down [E, H, I] contiguous; shared_down [H, NS I]
+    or None; config for rows of I columns; pdl as there.
     """
-    _, H, I = down.shape
+    (_, H, I), TOPK = down.shape, chosen.numel()
     decode_expert_down_kernel[(triton.cdiv(H, config.BN),)](
-        h, shared, chosen, weights, down, shared_down, y,
-        TOPK=h.shape[0], H=H, I=I, IS=0 if shared is None else shared_down.shape[1],
-        BN=config.BN, BK=config.BK, UNROLL=config.UNROLL, num_warps=config.num_warps,
+        h, chosen, weights, down, down if shared_down is None else shared_down, y,
+        TOPK=TOPK, NS=h.shape[0] - TOPK, H=H, I=I, BN=config.BN, BK=config.BK, UNROLL=config.UNROLL, PDL=pdl,
+        num_warps=config.num_warps, **launch_options(pdl),
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ The mask is bool [B, >= past + T]; token n is number n % T of its batch row n //
 
 import torch
 
-from .decode_configs import LatentConfig, padded
+from .decode_configs import LatentConfig, launch_options, padded
 from .kda_triton_math import kda_dot
 
 try:
@@ -32,35 +32,35 @@ except ImportError:
 def decode_absorb_kernel(
     p, kv_b, norm_weight, q, table, past, eps, stride_p,
     T: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    BD: tl.constexpr, BR: tl.constexpr, BRR: tl.constexpr, BS: tl.constexpr,
+    BD: tl.constexpr, BR: tl.constexpr, BRR: tl.constexpr, BS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Programs (token, head or H, tile of R): queries to latent space; head H stands for the cache's new row."""
     i_n, i_h, i_r = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    o_s = tl.arange(0, BS)
+    o_r, o_s, o_d = i_r * BR + tl.arange(0, BR), tl.arange(0, BS), tl.arange(0, BD)
+    p_w = kv_b + (i_h * (D + V) + o_d[:, None]) * R + o_r[None, :]
+    m_w = (o_d < D)[:, None] & (o_r < R)[None, :] & (i_h + o_d[:, None] * 0 < H)
+    b_w = tl.load(p_w, mask=m_w, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     p += i_n * stride_p
     if i_h == H:
         if i_r == 0:
-            o_r = tl.arange(0, BRR)
+            o_row = tl.arange(0, BRR)
             rows = tl.load(table).to(tl.pointer_type(p.dtype.element_ty))
             rows += (i_n // T) * tl.load(table + 1) + (tl.load(past) + i_n % T) * (R + S)
-            b_c = tl.load(p + H * (D + S) + o_r, mask=o_r < R, other=0.0).to(tl.float32)
+            b_c = tl.load(p + H * (D + S) + o_row, mask=o_row < R, other=0.0).to(tl.float32)
             b_c *= tl.rsqrt(tl.sum(b_c * b_c, axis=0) / R + eps)
-            b_w = tl.load(norm_weight + o_r, mask=o_r < R, other=0.0)
-            b_c = b_c.to(p.dtype.element_ty).to(tl.float32) * b_w.to(tl.float32)  # rounded before the weight, as released
-            tl.store(rows + o_r, b_c.to(p.dtype.element_ty), mask=o_r < R)
+            b_norm = tl.load(norm_weight + o_row, mask=o_row < R, other=0.0).to(tl.float32)
+            b_c = b_c.to(p.dtype.element_ty).to(tl.float32) * b_norm  # rounded before the weight, as released
+            tl.store(rows + o_row, b_c.to(p.dtype.element_ty), mask=o_row < R)
             tl.store(rows + R + o_s, tl.load(p + H * (D + S) + R + o_s, mask=o_s < S, other=0.0), mask=o_s < S)
         return
-    o_r = i_r * BR + tl.arange(0, BR)
     p += i_h * (D + S)
     q += (i_n * H + i_h) * (R + S)
-    kv_b += i_h * ((D + V) * R)
-    b_q = tl.zeros([BD, BR], tl.float32)
-    for i_d in range(0, D, BD):
-        o_d = i_d + tl.arange(0, BD)
-        m_w = (o_d < D)[:, None] & (o_r < R)[None, :]
-        b_w = tl.load(kv_b + o_d[:, None] * R + o_r[None, :], mask=m_w, other=0.0).to(tl.float32)
-        b_q += b_w * tl.load(p + o_d, mask=o_d < D, other=0.0).to(tl.float32)[:, None]
-    tl.store(q + o_r, tl.sum(b_q, axis=0).to(q.dtype.element_ty), mask=o_r < R)
+    b_p = tl.load(p + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    b_q = tl.sum(b_w.to(tl.float32) * b_p[:, None], axis=0)
+    tl.store(q + o_r, b_q.to(q.dtype.element_ty), mask=o_r < R)
     if i_r == 0:
         tl.store(q + R + o_s, tl.load(p + D + o_s, mask=o_s < S, other=0.0), mask=o_s < S)
 
@@ -70,13 +70,16 @@ def decode_attend_kernel(
     q, table, past, partial, partial_lse, scale,
     T: tl.constexpr, H: tl.constexpr, R: tl.constexpr, S: tl.constexpr, SPLITS: tl.constexpr,
     BH: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr, BL: tl.constexpr,
-    STAGES: tl.constexpr, UPCAST: tl.constexpr,
+    STAGES: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """
     Program (split, token): attention over its share of the rows. Scores and outputs are kept transposed, [rows, heads]
     and [R, heads], which lets the tensor cores take the rows as their long side. partial [N, SPLITS, H, R] fp32 is
     normalised, partial_lse [N, SPLITS, H] is in log2; splits without rows write nothing.
     """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     i_split, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     length = (tl.load(past) + i_n % T + 1).to(tl.int32)
     share = ((length + SPLITS - 1) // SPLITS + BL - 1) // BL * BL
@@ -125,11 +128,17 @@ def decode_value_kernel(
     partial, partial_lse, kv_b, past, o,
     T: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr,
     BP: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr, BX: tl.constexpr, BL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (token, head, tile of V): join the splits and take the latent output to the head's values."""
     i_n, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_v = tl.program_id(2) * BV + tl.arange(0, BV)
     o_r, o_p = tl.arange(0, BR), tl.arange(0, BP)
+    p_w = kv_b + (i_h * (D + V) + D + o_v[:, None]) * R + o_r[None, :]
+    b_w = tl.load(p_w, mask=(o_v < V)[:, None] & (o_r < R)[None, :], other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     length = (tl.load(past) + i_n % T + 1).to(tl.int32)
     share = ((length + SPLITS - 1) // SPLITS + BL - 1) // BL * BL
     used = (length + share - 1) // share
@@ -140,14 +149,12 @@ def decode_value_kernel(
     for i_s in range(0, used, BX):
         o_s = i_s + tl.arange(0, BX)
         m_s = o_s < used
-        b_w = tl.exp2(tl.load(p_lse + o_s * H, mask=m_s, other=float("-inf")) - b_m)
+        b_share = tl.exp2(tl.load(p_lse + o_s * H, mask=m_s, other=float("-inf")) - b_m)
         p_c = partial + ((i_n * SPLITS + o_s[:, None]) * H + i_h) * R + o_r[None, :]
-        b_c += b_w[:, None] * tl.load(p_c, mask=m_s[:, None] & (o_r < R)[None, :], other=0.0)
-        b_l += b_w
+        b_c += b_share[:, None] * tl.load(p_c, mask=m_s[:, None] & (o_r < R)[None, :], other=0.0)
+        b_l += b_share
     b_latent = tl.sum(b_c, axis=0) / tl.sum(b_l, axis=0)
-    p_w = kv_b + (i_h * (D + V) + D + o_v[:, None]) * R + o_r[None, :]
-    b_w = tl.load(p_w, mask=(o_v < V)[:, None] & (o_r < R)[None, :], other=0.0).to(tl.float32)
-    b_o = tl.sum(b_w * b_latent[None, :], axis=1)
+    b_o = tl.sum(b_w.to(tl.float32) * b_latent[None, :], axis=1)
     tl.store(o + (i_n * H + i_h) * V + o_v, b_o.to(o.dtype.element_ty), mask=o_v < V)
 
 
@@ -167,6 +174,7 @@ def decode_latent_attention(
     scale: float,
     config: LatentConfig,
     upcast: bool = False,
+    pdl: bool = False,
 ) -> None:
     """
     Append the new rows to the cache and write o [N, H, V].
@@ -183,23 +191,26 @@ def decode_latent_attention(
         scale: of the scores.
         config: for H heads over rows of R + S.
         upcast: multiply bf16 as fp32 (for Triton's interpreter).
+        pdl: launch programmatically dependent (see decode_linear).
     """
     (N, H, V), R, splits = o.shape, partial.shape[3], partial.shape[1]
     D = kv_b.shape[0] // H - V
     BR, BS = padded(R), padded(shared)
     decode_absorb_kernel[(N, H + 1, triton.cdiv(R, 128))](
         p, kv_b, norm_weight, q, table, past, norm_eps, p.stride(0),
-        T=tokens, H=H, D=D, V=V, R=R, S=shared, BD=32, BR=min(128, BR), BRR=BR, BS=BS, num_warps=4,
+        T=tokens, H=H, D=D, V=V, R=R, S=shared, BD=padded(D), BR=min(128, BR), BRR=BR, BS=BS, PDL=pdl,
+        num_warps=4, **launch_options(pdl),
     )  # fmt: skip
     decode_attend_kernel[(splits, N)](
         q, table, past, partial, partial_lse, scale * 1.4426950408889634,
         T=tokens, H=H, R=R, S=shared, SPLITS=splits, BH=config.BH, BR=BR, BS=BS, BL=config.BL,
-        STAGES=config.num_stages, UPCAST=upcast, num_warps=config.num_warps,
+        STAGES=config.num_stages, UPCAST=upcast, PDL=pdl, num_warps=config.num_warps, **launch_options(pdl),
     )  # fmt: skip
     BV = min(32, padded(V))
     decode_value_kernel[(N, H, triton.cdiv(V, BV))](
         partial, partial_lse, kv_b, past, o,
-        T=tokens, H=H, D=D, V=V, R=R, SPLITS=splits, BP=padded(splits), BR=BR, BV=BV, BX=8, BL=config.BL, num_warps=4,
+        T=tokens, H=H, D=D, V=V, R=R, SPLITS=splits, BP=padded(splits), BR=BR, BV=BV, BX=8, BL=config.BL,
+        PDL=pdl, num_warps=4, **launch_options(pdl),
     )  # fmt: skip
 
 

@@ -12,11 +12,15 @@ weight reads its own K columns of x.
 
 One token takes a matrix-vector kernel (bound by the bytes of the weights); up to 64 take tensor cores, which read the
 weights once for all of them.
+
+With PDL (programmatic dependent launch, sm_90 on) a launch starts while the one before it drains: what depends on no
+other launch, here the first columns of the weights, is on its way before `gdc_wait` returns. Every kernel of the decode
+step waits, so that a launch that has returned from its wait knows all launches before it to be complete.
 """
 
 import torch
 
-from .decode_configs import GemvConfig, SkinnyConfig
+from .decode_configs import GemvConfig, SkinnyConfig, launch_options
 from .kda_triton_math import kda_dot, kda_sigmoid
 
 try:
@@ -65,38 +69,55 @@ def decode_segment(
 
 
 @triton.jit
+def decode_input(x, norm_weight, o_k, m_k, K: tl.constexpr, HAS_NORM: tl.constexpr, GATED: tl.constexpr):
+    """Columns `o_k` of x̂ without the norm's factor, and their squares, fp32."""
+    b_x = tl.load(x + o_k, mask=m_k, other=0.0).to(tl.float32)
+    if GATED:
+        b_x *= kda_sigmoid(b_x) * tl.load(x + K + o_k, mask=m_k, other=0.0).to(tl.float32)
+    b_ss = b_x * b_x
+    if HAS_NORM:
+        b_x *= tl.load(norm_weight + o_k, mask=m_k, other=0.0).to(tl.float32)
+    return b_x, b_ss
+
+
+@triton.jit
 def decode_gemv_kernel(
     x, norm_weight, residual, y, w0, w1, w2, w3, w4, w5, eps,
     M0: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr, M3: tl.constexpr, M4: tl.constexpr, M5: tl.constexpr,
     X0: tl.constexpr, X1: tl.constexpr, X2: tl.constexpr, X3: tl.constexpr, X4: tl.constexpr, X5: tl.constexpr,
-    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr,
-    HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr, FIRST: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token: see the module docstring."""
+    """One token: see the module docstring. The first FIRST columns go ahead, the others follow in blocks of BK."""
     w, i_row, n_rows, x_col, y_col = decode_segment(
         tl.program_id(0), w0, w1, w2, w3, w4, w5, M0, M1, M2, M3, M4, M5, X0, X1, X2, X3, X4, X5, BN
     )
     o_n = i_row + tl.arange(0, BN)
     m_n = o_n < n_rows
     p_w = w + o_n.to(tl.int64)[:, None] * K
-    x += x_col
-    b_y = tl.zeros([BN, BK], tl.float32)
-    b_ss = tl.zeros([BK], tl.float32)
-    for i_k in range(0, K, BK * UNROLL):
-        for u in tl.static_range(UNROLL):
-            o_k = i_k + u * BK + tl.arange(0, BK)
-            m_k = o_k < K if K % (BK * UNROLL) != 0 else tl.full([BK], True, tl.int1)
-            b_w = tl.load(p_w + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0).to(tl.float32)
-            b_x = tl.load(x + o_k, mask=m_k, other=0.0).to(tl.float32)
-            if GATED:
-                b_x *= kda_sigmoid(b_x) * tl.load(x + K + o_k, mask=m_k, other=0.0).to(tl.float32)
-            if HAS_NORM:
-                b_ss += b_x * b_x
-                b_x *= tl.load(norm_weight + o_k, mask=m_k, other=0.0).to(tl.float32)
-            b_y += b_w * b_x[None, :]
-    b_out = tl.sum(b_y, axis=1)
+    o_k = tl.arange(0, FIRST)
+    b_w = tl.load(p_w + o_k[None, :], mask=m_n[:, None] & (o_k < K)[None, :], other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    b_x, b_ss = decode_input(x + x_col, norm_weight, o_k, o_k < K, K, HAS_NORM, GATED)
+    b_out = tl.sum(b_w.to(tl.float32) * b_x[None, :], axis=1)
+    ss = tl.sum(b_ss, axis=0)
+    if K > FIRST:
+        b_y = tl.zeros([BN, BK], tl.float32)
+        b_sj = tl.zeros([BK], tl.float32)
+        for i_k in range(FIRST, K, BK * UNROLL):
+            for u in tl.static_range(UNROLL):
+                o_j = i_k + u * BK + tl.arange(0, BK)
+                m_j = o_j < K if (K - FIRST) % (BK * UNROLL) != 0 else tl.full([BK], True, tl.int1)
+                b_wj = tl.load(p_w + o_j[None, :], mask=m_n[:, None] & m_j[None, :], other=0.0)
+                b_xj, b_xx = decode_input(x + x_col, norm_weight, o_j, m_j, K, HAS_NORM, GATED)
+                b_sj += b_xx
+                b_y += b_wj.to(tl.float32) * b_xj[None, :]
+        b_out += tl.sum(b_y, axis=1)
+        ss += tl.sum(b_sj, axis=0)
     if HAS_NORM:
-        b_out *= tl.rsqrt(tl.sum(b_ss, axis=0) / K + eps)
+        b_out *= tl.rsqrt(ss / K + eps)
     if HAS_RESIDUAL:
         b_out += tl.load(residual + y_col + o_n, mask=m_n, other=0.0).to(tl.float32)
     tl.store(y + y_col + o_n, b_out.to(y.dtype.element_ty), mask=m_n)
@@ -104,13 +125,16 @@ def decode_gemv_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def decode_skinny_kernel(
-    x, norm_weight, residual, y, w0, w1, w2, w3, w4, w5, eps, N, stride_x, stride_y,
+    x, residual, y, w0, w1, w2, w3, w4, w5, N, stride_x, stride_y,
     M0: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr, M3: tl.constexpr, M4: tl.constexpr, M5: tl.constexpr,
     X0: tl.constexpr, X1: tl.constexpr, X2: tl.constexpr, X3: tl.constexpr, X4: tl.constexpr, X5: tl.constexpr,
     K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """N tokens, rows of x and y: see the module docstring."""
+    """N tokens, rows of x and y: see the module docstring. x is normed already."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     w, i_row, n_rows, x_col, y_col = decode_segment(
         tl.program_id(0), w0, w1, w2, w3, w4, w5, M0, M1, M2, M3, M4, M5, X0, X1, X2, X3, X4, X5, BN
     )
@@ -120,21 +144,16 @@ def decode_skinny_kernel(
     p_w = w + o_n.to(tl.int64)[:, None] * K
     p_x = x + o_m.to(tl.int64)[:, None] * stride_x + x_col
     b_y = tl.zeros([BM, BN], tl.float32)
-    b_ss = tl.zeros([BM], tl.float32)
     for i_k in tl.range(0, K, BK, num_stages=STAGES):
         o_k = i_k + tl.arange(0, BK)
         m_k = o_k < K
         m_x = m_m[:, None] & m_k[None, :]
         b_w = tl.load(p_w + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)
-        b_x = tl.load(p_x + o_k[None, :], mask=m_x, other=0.0).to(tl.float32)
+        b_x = tl.load(p_x + o_k[None, :], mask=m_x, other=0.0)
         if GATED:
+            b_x = b_x.to(tl.float32)
             b_x *= kda_sigmoid(b_x) * tl.load(p_x + K + o_k[None, :], mask=m_x, other=0.0).to(tl.float32)
-        if HAS_NORM:
-            b_ss += tl.sum(b_x * b_x, axis=1)
-            b_x *= tl.load(norm_weight + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
         b_y = kda_dot(b_x, tl.trans(b_w), b_y, w.dtype.element_ty, "ieee", UPCAST)
-    if HAS_NORM:
-        b_y *= tl.rsqrt(b_ss / K + eps)[:, None]
     o_y = o_m.to(tl.int64)[:, None] * stride_y + (y_col + o_n)[None, :]
     m_y = m_m[:, None] & m_n[None, :]
     if HAS_RESIDUAL:
@@ -154,6 +173,7 @@ def decode_linear(
     gated: bool = False,
     x_columns: tuple[int, ...] | None = None,
     upcast: bool = False,
+    pdl: bool = False,
 ) -> None:
     """
     Write y [N, sum of M_s] (see the module docstring).
@@ -163,27 +183,31 @@ def decode_linear(
         weights: one to six contiguous [M_s, K].
         y: [N, sum of M_s], rows dense.
         config: a GemvConfig where N is 1, else a SkinnyConfig.
-        norm_weight: [K] of an RMSNorm in front, with its `eps`; or None.
+        norm_weight: [K] of an RMSNorm in front, with its `eps`; or None. One token only.
         residual: laid out as y, added before rounding; may be y.
         gated: whether x holds gate and up activations.
         x_columns: first column of x for each weight; 0 for all if None.
         upcast: multiply bf16 as fp32 (for Triton's interpreter).
+        pdl: launch programmatically dependent (see the module docstring).
     """
     K, missing = weights[0].shape[1], MAX_WEIGHTS - len(weights)
     sizes = [w.shape[0] for w in weights]
     tiles = sum(triton.cdiv(size, config.BN) for size in sizes)
     common = {f"M{i}": size for i, size in enumerate(sizes + [0] * missing)}
     common |= {f"X{i}": column for i, column in enumerate([*(x_columns or [0] * len(weights)), *[0] * missing])}
-    common |= {"K": K, "HAS_NORM": norm_weight is not None, "HAS_RESIDUAL": residual is not None, "GATED": gated}
-    operands = (x, norm_weight, residual, y, *weights, *[weights[0]] * missing, eps)
+    common |= {"K": K, "HAS_RESIDUAL": residual is not None, "GATED": gated, "PDL": pdl, **launch_options(pdl)}
+    weights = [*weights, *[weights[0]] * missing]
     if isinstance(config, GemvConfig):
         decode_gemv_kernel[(tiles,)](
-            *operands, **common, BN=config.BN, BK=config.BK, UNROLL=config.UNROLL, num_warps=config.num_warps
-        )
+            x, norm_weight, residual, y, *weights, eps, **common, HAS_NORM=norm_weight is not None,
+            BN=config.BN, BK=config.BK, UNROLL=config.UNROLL, FIRST=config.FIRST, num_warps=config.num_warps,
+        )  # fmt: skip
         return
+    if norm_weight is not None:
+        raise ValueError("a norm in front is part of the one-token kernel only; norm x beforehand")
     N = x.shape[0]
     decode_skinny_kernel[(tiles, triton.cdiv(N, config.BM))](
-        *operands, N, x.stride(0), y.stride(0), **common,
+        x, residual, y, *weights, N, x.stride(0), y.stride(0), **common,
         BM=config.BM, BN=config.BN, BK=config.BK, STAGES=config.num_stages, UPCAST=upcast,
         num_warps=config.num_warps,
     )  # fmt: skip

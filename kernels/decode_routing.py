@@ -14,6 +14,7 @@ token * TOPK + choice, are laid out expert by expert in blocks of BM, each block
 
 import torch
 
+from .decode_configs import launch_options, padded
 from .kda_triton_math import kda_sigmoid
 
 try:
@@ -52,8 +53,12 @@ def decode_topk(
 def decode_route_kernel(
     logits, bias, chosen, weights, stride_logits, factor,
     E: tl.constexpr, BE: tl.constexpr, TOPK: tl.constexpr, BIASED: tl.constexpr, RENORMALIZE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (token, choice): its expert and weight."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     i_n, i_slot = tl.program_id(0).to(tl.int64), tl.program_id(1)
     expert, weight = decode_topk(logits + i_n * stride_logits, bias, i_slot, E, BE, TOPK, BIASED, RENORMALIZE)
     tl.store(chosen + i_n * TOPK + i_slot, expert)
@@ -64,8 +69,12 @@ def decode_route_kernel(
 def decode_group_kernel(
     chosen, pairs, experts, n_blocks, P,
     E: tl.constexpr, BE: tl.constexpr, BP: tl.constexpr, BM: tl.constexpr, BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program for all P pairs: see the module docstring. BLOCKS: most blocks of one expert, ceil(N / BM)."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     o_e = tl.arange(0, BE)
     b_count = tl.zeros([BE], tl.int32)
     for i_p in range(0, P, BP):
@@ -106,12 +115,18 @@ def decode_route(
     factor: float,
     biased: bool,
     renormalize: bool,
+    pdl: bool = False,
 ) -> None:
-    """Fill chosen int32 and weights fp32, both [N, TOPK] contiguous, from logits [N, E] fp32 (rows dense), bias [E]."""
+    """
+    Fill chosen int32 and weights fp32, both [N, TOPK] contiguous, from logits [N, E] fp32 (rows dense), bias [E].
+
+    pdl: launch programmatically dependent (see decode_linear).
+    """
     (N, E), TOPK = logits.shape, chosen.shape[1]
     decode_route_kernel[(N, TOPK)](
         logits, bias, chosen, weights, logits.stride(0), factor,
-        E=E, BE=triton.next_power_of_2(E), TOPK=TOPK, BIASED=biased, RENORMALIZE=renormalize, num_warps=4,
+        E=E, BE=triton.next_power_of_2(E), TOPK=TOPK, BIASED=biased, RENORMALIZE=renormalize, PDL=pdl,
+        num_warps=4, **launch_options(pdl),
     )  # fmt: skip
 
 
@@ -122,14 +137,20 @@ def most_blocks(tokens: int, topk: int, num_experts: int, BM: int) -> int:
 
 
 def decode_group(
-    chosen: torch.Tensor, pairs: torch.Tensor, experts: torch.Tensor, n_blocks: torch.Tensor, num_experts: int
+    chosen: torch.Tensor,
+    pairs: torch.Tensor,
+    experts: torch.Tensor,
+    n_blocks: torch.Tensor,
+    num_experts: int,
+    pdl: bool = False,
 ) -> None:
-    """Group chosen [N, TOPK] by expert into pairs [NB * BM], experts [NB] and n_blocks [1], all int32."""
+    """Group chosen [N, TOPK] by expert into pairs [NB * BM], experts [NB] and n_blocks [1], all int32; pdl as above."""
     (N, _), P = chosen.shape, chosen.numel()
     BM = pairs.numel() // experts.numel()
     decode_group_kernel[(1,)](
         chosen, pairs, experts, n_blocks, P,
-        E=num_experts, BE=triton.next_power_of_2(num_experts), BP=32, BM=BM, BLOCKS=triton.cdiv(N, BM), num_warps=8,
+        E=num_experts, BE=triton.next_power_of_2(num_experts), BP=min(64, padded(P)), BM=BM,
+        BLOCKS=triton.cdiv(N, BM), PDL=pdl, num_warps=8, **launch_options(pdl),
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ of a cache's state and of its one window tensor [B, H (2 K + V), W-1], of q, k a
 
 import torch
 
+from .decode_configs import launch_options as overlap_options
 from .kda_triton_configs import KdaStepConfig, launch_options
 from .kda_triton_math import kda_gate_log2, kda_sigmoid
 
@@ -72,6 +73,7 @@ def kda_step_fwd_kernel(
     stride_wqb, stride_wkb, stride_wvb,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_TABLE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """
     See the module docstring. q, k, v, f, gate are [B, T, H * size], beta [B, T, H], last dimension dense; o
@@ -85,6 +87,12 @@ def kda_step_fwd_kernel(
         window_k = window_q + H * K * (W - 1)
         window_v = window_k + H * K * (W - 1)
         state = tl.multiple_of(tl.load(state).to(tl.pointer_type(tl.float32)), 16)
+    # What no launch of the same step writes is loaded ahead (PDL, see decode_linear).
+    p_s = state + (i_b * H + i_h) * (K * V) + o_k[:, None] * V + o_v[None, :]
+    b_s = tl.load(p_s, mask=m_k[:, None] & m_v[None, :], other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     n_t = T
     if HAS_LENGTHS:
         n_t = tl.minimum(tl.load(lengths + i_b).to(tl.int32), T)
@@ -94,8 +102,6 @@ def kda_step_fwd_kernel(
     if n_t <= 0:
         return
 
-    p_s = state + (i_b * H + i_h) * (K * V) + o_k[:, None] * V + o_v[None, :]
-    b_s = tl.load(p_s, mask=m_k[:, None] & m_v[None, :], other=0.0)
     o_dk, o_dv = i_h * K + o_k, i_h * V + o_v
     p_q, p_wq = q + i_b * stride_qb + o_dk, window_q + i_b * stride_wqb + o_dk * (W - 1)
     p_k, p_wk = k + i_b * stride_kb + o_dk, window_k + i_b * stride_wkb + o_dk * (W - 1)
@@ -151,11 +157,13 @@ def kda_step_fwd(
     scale: float,
     eps: float,
     config: KdaStepConfig,
+    pdl: bool = False,
 ) -> None:
     """
     Launch; shapes as in the module docstring, o [B, T, H, V] contiguous, state and windows written in place.
 
     Windows are dense in their last two dimensions. With `windows` None, `state` is the table of the module docstring.
+    pdl: launch programmatically dependent (see decode_linear).
     """
     (B, T, H, V), K = o.shape, q.shape[2] // o.shape[2]
     W = weights[0].shape[-1]
@@ -170,5 +178,5 @@ def kda_step_fwd(
         *strides,
         H=H, K=K, V=V, W=W,
         BK=config.BK, BV=config.BV, HAS_LENGTHS=lengths is not None, HAS_TABLE=windows is None,
-        **launch_options(config),
+        PDL=pdl, **launch_options(config), **overlap_options(pdl),
     )  # fmt: skip

@@ -23,12 +23,13 @@ from typing import Any
 import torch
 
 from ..configuration.configuration_kimi_linear import KimiLinearConfig
-from ..kernels.decode_configs import down_config, experts_config, gemv_config, latent_config, skinny_config
+from ..kernels.decode_configs import down_config, experts_config, gemv_config, latent_config, padded, skinny_config
 from ..kernels.decode_experts import decode_expert_down, decode_expert_up
 from ..kernels.decode_grouped_experts import decode_grouped_experts
 from ..kernels.decode_latent import decode_latent_attention
 from ..kernels.decode_linear import decode_linear
 from ..kernels.decode_routing import decode_group, decode_route, most_blocks
+from ..kernels.fused_norms_triton import rms_norm_fwd_kernel
 from ..kernels.kda_triton_configs import step_config
 from ..kernels.kda_triton_step import kda_step_fwd
 from .cache_kimi_linear import KDACacheLayer, KimiLinearCache
@@ -54,6 +55,7 @@ class DecodeStep:
         weight = model.lm_head.weight
         self.device, self.dtype = weight.device, weight.dtype
         self._upcast = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+        self._pdl = weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) >= (9, 0)
         self._allocate()
         self._lock = threading.Lock()
         self._held: tuple[int, ...] | None = None  # what the table holds
@@ -78,7 +80,9 @@ class DecodeStep:
         self.input_ids = torch.zeros(N, dtype=torch.int64, device=self.device)
         self.table = torch.zeros(config.num_hidden_layers, 4, dtype=torch.int64, device=self.device)
         self.past = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self.x, self.p, self.gates = empty(N, H), empty(N, max(widths)), empty(N, 2 * kda)
+        self.x, self.normed = empty(N, H), empty(N, H)
+        self.p, self.gates = empty(N, max(widths)), empty(N, 2 * kda)
+        self.lengths = torch.full((self.batch,), self.tokens, dtype=torch.int32, device=self.device)
         self.o = empty(N, max(kda, heads * config.v_head_dim))
         multiprocessors = 4
         if self.device.type == "cuda":
@@ -90,8 +94,9 @@ class DecodeStep:
         self.logits = empty(N, config.vocab_size)
         if "sparse" in config.mlp_layer_types:
             E, topk, I = config.num_experts, config.num_experts_per_token, config.moe_intermediate_size
-            self.router = empty(N, E + 2 * I * config.num_shared_experts, dtype=torch.float32)
-            self.h, self.z = empty(N * topk, I), empty(N * topk, H)
+            shared = config.num_shared_experts
+            self.router = empty(N, E + (2 * I * shared if N > 1 else 0), dtype=torch.float32)
+            self.h, self.z = empty(N * topk + (shared if N == 1 else 0), I), empty(N * topk, H)
             self.chosen = empty(N, topk, dtype=torch.int32)
             self.expert_weights = empty(N, topk, dtype=torch.float32)
             BM = 16
@@ -226,11 +231,19 @@ class DecodeStep:
         columns, rows = weights[0].shape[1], sum(weight.shape[0] for weight in weights)
         if x.shape[0] == 1:
             config = gemv_config(columns, rows)
+            if norm is not None:
+                options |= {"norm_weight": norm.weight, "eps": norm.variance_epsilon}
         else:
             config = skinny_config(x.shape[0], columns, rows, x.element_size())
-        if norm is not None:
-            options |= {"norm_weight": norm.weight, "eps": norm.variance_epsilon}
-        decode_linear(x, weights, y, config, upcast=self._upcast, **options)
+            x = x if norm is None else self._normed(x, norm)
+        decode_linear(x, weights, y, config, upcast=self._upcast, pdl=self._pdl, **options)
+
+    def _normed(self, x: torch.Tensor, norm: Any) -> torch.Tensor:
+        (N, D), eps, y = x.shape, norm.variance_epsilon, self.normed
+        rms_norm_fwd_kernel[(N,)](
+            x, None, norm.weight, None, y, x.stride(0), 0, eps, D=D, BD=padded(D), HAS_RESIDUAL=False, num_warps=4
+        )
+        return y
 
     def _part(self, buffer: torch.Tensor, width: int) -> torch.Tensor:
         """[N, width] at the front of a buffer that layers of several widths share."""
@@ -251,8 +264,8 @@ class DecodeStep:
         weights = tuple(conv.weight[:, 0] for conv in (kda.q_conv1d, kda.k_conv1d, kda.v_conv1d))
         kda_step_fwd(
             q, k, v, f, beta, gate, o.view(B, T, heads, K), weights, None,
-            kda.A_log, kda.dt_bias, kda.o_norm.weight, entry, None,
-            K**-0.5, kda.o_norm.variance_epsilon, step_config(K, K),
+            kda.A_log, kda.dt_bias, kda.o_norm.weight, entry, self.lengths,
+            K**-0.5, kda.o_norm.variance_epsilon, step_config(K, K), self._pdl,
         )  # fmt: skip
         self._linear(o, [kda.o_proj.weight], self.x, residual=self.x)
 
@@ -265,7 +278,7 @@ class DecodeStep:
         decode_latent_attention(
             p, mla.kv_b_proj.weight, latent_norm.weight, latent_norm.variance_epsilon, entry, self.past,
             self.q_latent, self.partial, self.partial_lse, o.view(-1, heads, V), self.tokens, S, mla.scaling,
-            latent_config(heads, R, o.element_size()), self._upcast,
+            latent_config(heads, R, o.element_size()), self._upcast, self._pdl,
         )  # fmt: skip
         self._linear(o, [mla.o_proj.weight], self.x, residual=self.x)
 
@@ -277,35 +290,35 @@ class DecodeStep:
     def _moe(self, moe: Any, norm: Any) -> None:
         router, experts, shared = moe.gate, moe.experts, moe.shared_experts
         E, x = router.num_experts, self.x
-        weights = [router.weight] if shared is None else [router.weight, shared.gate_proj.weight, shared.up_proj.weight]
-        self._linear(x, weights, self.router, norm)
-        logits, hidden = self.router[:, :E], self.router[:, E:]
+        bias, gate_up, down = router.e_score_correction_bias, experts.gate_up_proj, experts.down_proj
         rule = {
             "factor": router.scaling_factor,
             "biased": router.biased_weights,
             "renormalize": router.renormalize,
+            "pdl": self._pdl,
         }
-        bias, eps = router.e_score_correction_bias, norm.variance_epsilon
-        gate_up, down = experts.gate_up_proj, experts.down_proj
+        chosen, weights = self.chosen, self.expert_weights
+        projections = [] if shared is None else [shared.gate_proj.weight, shared.up_proj.weight]
+        shared_down = None if shared is None else shared.down_proj.weight
         if x.shape[0] == 1:
-            up_config, config = experts_config(x.shape[1]), down_config(down.shape[2])
+            self._linear(x, [router.weight], self.router, norm)
             decode_expert_up(
-                x, norm.weight, eps, logits, bias, gate_up, self.h, self.chosen, self.expert_weights, up_config, **rule
-            )
-            shared_down = None if shared is None else shared.down_proj.weight
-            decode_expert_down(
-                self.h, None if shared is None else hidden, self.chosen, self.expert_weights, down, shared_down, x,
-                config,
+                x, norm.weight, norm.variance_epsilon, self.router, bias, gate_up, tuple(projections) or None,
+                self.h, chosen, weights, experts_config(x.shape[1]), **rule,
             )  # fmt: skip
+            decode_expert_down(
+                self.h, chosen, weights, down, shared_down, x, down_config(down.shape[2]), pdl=self._pdl
+            )
             return
-        decode_route(logits, bias, self.chosen, self.expert_weights, **rule)
-        decode_group(self.chosen, *self.groups, E)
+        self._linear(x, [router.weight, *projections], self.router, norm)
+        decode_route(self.router[:, :E], bias, chosen, weights, **rule)
+        decode_group(chosen, *self.groups, E, pdl=self._pdl)
         decode_grouped_experts(
-            x, norm.weight, eps, self.expert_weights, self.groups, gate_up, down, self.h, self.z, x,
-            self.grouped_configs, self._upcast,
+            self.normed, weights, self.groups, gate_up, down, self.h, self.z, x, self.grouped_configs,
+            self._upcast, self._pdl,
         )  # fmt: skip
         if shared is not None:
-            self._linear(hidden, [shared.down_proj.weight], x, residual=x, gated=True)
+            self._linear(self.router[:, E:], [shared_down], x, residual=x, gated=True)
 
 
 __all__ = ["MAX_STEP_TOKENS", "DecodeStep"]
