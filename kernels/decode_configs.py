@@ -8,13 +8,9 @@ from typing import NamedTuple
 
 
 class GemvConfig(NamedTuple):
-    """
-    One token. BN: rows of the weights a program takes, FIRST: columns loaded ahead of the inputs, then BK columns at
-    a time and UNROLL such blocks in flight.
-    """
+    """One token. BN: rows of the weights a program takes, BK: columns at a time, UNROLL: such blocks in flight."""
 
     BN: int
-    FIRST: int
     BK: int
     UNROLL: int
     num_warps: int
@@ -28,6 +24,9 @@ class SkinnyConfig(NamedTuple):
     BK: int
     num_warps: int
     num_stages: int
+
+
+GROUP = 16  # pairs of token and expert that a block holds: the tokens of one expert are few
 
 
 class LatentConfig(NamedTuple):
@@ -49,29 +48,28 @@ def padded(size: int, least: int = 16) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
+def _unroll(blocks: int) -> int:
+    return next(u for u in (8, 7, 6, 5, 4, 3, 2, 1) if blocks % u == 0)
+
+
 def gemv_config(columns: int, rows: int) -> GemvConfig:
     """One token times weights of `rows` rows in all, `columns` wide."""
-    BN = 8 if columns > 256 else 16
-    first = min(1024, padded(columns))
-    while first > columns and first > 16:
-        first //= 2
-    BK = min(512 if columns % 512 == 0 else 256, first)
-    blocks = -(-(columns - first) // BK)
-    unroll = next(u for u in (8, 7, 6, 5, 4, 3, 2, 1) if blocks % u == 0)
-    return GemvConfig(BN, first, BK, unroll, 4)
+    BN = 16 if columns <= 256 else 8 if rows >= 4096 else 4 if rows >= 512 else 2
+    BK = min(512 if columns % 512 == 0 else 256, padded(columns))
+    warps = max(1, min(4, BN * BK // 256))  # 16 bytes a thread and load
+    return GemvConfig(BN, BK, _unroll(max(-(-columns // BK) - 4, 1)), warps)
 
 
 def experts_config(columns: int) -> GemvConfig:
     """One token times one expert's gate and up projections, `columns` wide."""
-    config = gemv_config(columns, 4096)
-    return config._replace(BN=4)
+    BK = min(256, padded(columns))
+    return GemvConfig(8, BK, _unroll(max(-(-columns // BK) - 2, 1)), 4)
 
 
 def down_config(columns: int) -> GemvConfig:
     """One token's hidden activations times the down projections of its experts, `columns` wide."""
     BK = min(512, padded(columns))
-    unroll = next(u for u in (2, 1) if -(-columns // BK) % u == 0)
-    return GemvConfig(4, BK * unroll, BK, unroll, 4)
+    return GemvConfig(4, BK, _unroll(-(-columns // BK)), 4)
 
 
 def skinny_config(tokens: int, columns: int, rows: int, itemsize: int) -> SkinnyConfig:
@@ -82,21 +80,30 @@ def skinny_config(tokens: int, columns: int, rows: int, itemsize: int) -> Skinny
     return SkinnyConfig(BM, BN, BK, 4 if BM * BN >= 1024 else 2, 4)
 
 
+def grouped_configs(columns: int, hidden: int, itemsize: int) -> tuple[SkinnyConfig, SkinnyConfig]:
+    """Routed experts of several tokens: up (rows of `columns`) and down (rows of `hidden`)."""
+    BK = 256 // itemsize
+    up, down = min(BK, padded(columns)), min(BK, padded(hidden))
+    return SkinnyConfig(GROUP, 32, up, 2, 4), SkinnyConfig(GROUP, 64, down, 2, 4)
+
+
 def latent_config(heads: int, width: int, itemsize: int) -> LatentConfig:
     """Attention of `heads` heads over rows whose latent has `width` elements."""
     BH = padded(heads)
     row = padded(width) * itemsize
     BL = max(16, min(64, (1 << 16) // row))
-    return LatentConfig(BH, BL, 8 if BH * padded(width) >= 16384 else 4, 2)
+    return LatentConfig(BH, BL, 4, 2)
 
 
 __all__ = [
+    "GROUP",
     "GemvConfig",
     "LatentConfig",
     "SkinnyConfig",
     "down_config",
     "experts_config",
     "gemv_config",
+    "grouped_configs",
     "latent_config",
     "launch_options",
     "padded",

@@ -13,8 +13,8 @@ the router has spoken, the shared expert's weights, is loaded ahead (PDL, see de
 import torch
 
 from .decode_configs import GemvConfig, launch_options
-from .decode_linear import decode_input
-from .decode_routing import decode_topk
+from .decode_linear import decode_block, decode_input
+from .decode_routing import decode_store_choice, decode_topk
 from .kda_triton_math import kda_sigmoid
 
 try:
@@ -27,9 +27,9 @@ except ImportError:
 @triton.jit
 def decode_expert_up_kernel(
     x, norm_weight, logits, bias, gate_up, shared_gate, shared_up, h, chosen, weights, eps, factor,
-    E: tl.constexpr, BE: tl.constexpr, TOPK: tl.constexpr, BIASED: tl.constexpr, RENORMALIZE: tl.constexpr,
-    K: tl.constexpr, I: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr, FIRST: tl.constexpr, PDL: tl.constexpr,
+    E: tl.constexpr, BE: tl.constexpr, TOPK: tl.constexpr, BT: tl.constexpr, BIASED: tl.constexpr,
+    RENORMALIZE: tl.constexpr, K: tl.constexpr, I: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of BN hidden channels, choice); the shared expert's choices come first."""
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -38,49 +38,41 @@ def decode_expert_up_kernel(
     i_slot = tl.num_programs(1) - 1 - tl.program_id(1)
     p_g = shared_gate + (i_shared * I + o_n[:, None]) * K
     p_u = shared_up + (i_shared * I + o_n[:, None]) * K
-    o_k = tl.arange(0, FIRST)
-    m_k = o_k < K
-    m_ahead = m_n[:, None] & m_k[None, :] & (i_shared + o_n[:, None] * 0 >= 0)
-    b_wg = tl.load(p_g + o_k[None, :], mask=m_ahead, other=0.0)
-    b_wu = tl.load(p_u + o_k[None, :], mask=m_ahead, other=0.0)
+    o_k = tl.arange(0, BK)[None, :] + o_n[:, None] * 0
+    m_ahead = m_n & (i_shared + o_n * 0 >= 0)
+    b_g0, b_g1 = decode_block(p_g, o_k, m_ahead, K), decode_block(p_g, o_k + BK, m_ahead, K)
+    b_u0, b_u1 = decode_block(p_u, o_k, m_ahead, K), decode_block(p_u, o_k + BK, m_ahead, K)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if i_shared < 0:
-        expert, weight = decode_topk(logits, bias, i_slot, E, BE, TOPK, BIASED, RENORMALIZE)
-        if tl.program_id(0) == 0:
-            tl.store(chosen + i_slot, expert)
-            tl.store(weights + i_slot, weight * factor)
+        b_chosen = decode_topk(logits, bias, E, BE, TOPK, BT)
+        expert = tl.sum(tl.where(tl.arange(0, BT) == i_slot, b_chosen, 0), axis=0)
+        if (tl.program_id(0) == 0) & (i_slot == 0):
+            decode_store_choice(logits, bias, b_chosen, chosen, weights, factor, TOPK, BT, BIASED, RENORMALIZE)
         p_g = gate_up + expert.to(tl.int64) * (2 * I * K) + o_n[:, None] * K
         p_u = p_g + I * K
-        m_w = m_n[:, None] & m_k[None, :]
-        b_wg = tl.load(p_g + o_k[None, :], mask=m_w, other=0.0)
-        b_wu = tl.load(p_u + o_k[None, :], mask=m_w, other=0.0)
-    b_x, b_ss = decode_input(x, norm_weight, o_k, m_k, K, True, False)
-    b_gate = tl.sum(b_wg.to(tl.float32) * b_x[None, :], axis=1)
-    b_up = tl.sum(b_wu.to(tl.float32) * b_x[None, :], axis=1)
-    ss = tl.sum(b_ss, axis=0)
-    if K > FIRST:
-        b_g = tl.zeros([BN, BK], tl.float32)
-        b_u = tl.zeros([BN, BK], tl.float32)
-        b_sj = tl.zeros([BK], tl.float32)
-        for i_k in range(FIRST, K, BK * UNROLL):
-            for u in tl.static_range(UNROLL):
-                o_j = i_k + u * BK + tl.arange(0, BK)
-                m_j = o_j < K if (K - FIRST) % (BK * UNROLL) != 0 else tl.full([BK], True, tl.int1)
-                m_wj = m_n[:, None] & m_j[None, :]
-                b_gj = tl.load(p_g + o_j[None, :], mask=m_wj, other=0.0)
-                b_uj = tl.load(p_u + o_j[None, :], mask=m_wj, other=0.0)
-                b_xj, b_xx = decode_input(x, norm_weight, o_j, m_j, K, True, False)
-                b_sj += b_xx
-                b_g += b_gj.to(tl.float32) * b_xj[None, :]
-                b_u += b_uj.to(tl.float32) * b_xj[None, :]
-        b_gate += tl.sum(b_g, axis=1)
-        b_up += tl.sum(b_u, axis=1)
-        ss += tl.sum(b_sj, axis=0)
-    r = tl.rsqrt(ss / K + eps)
-    b_gate *= r
-    tl.store(h + i_slot * I + o_n, (b_gate * kda_sigmoid(b_gate) * b_up * r).to(h.dtype.element_ty), mask=m_n)
+        b_g0, b_g1 = decode_block(p_g, o_k, m_n, K), decode_block(p_g, o_k + BK, m_n, K)
+        b_u0, b_u1 = decode_block(p_u, o_k, m_n, K), decode_block(p_u, o_k + BK, m_n, K)
+    b_x, b_ss = decode_input(x, norm_weight, o_k, K, True, False)
+    b_g = b_g0.to(tl.float32) * b_x
+    b_u = b_u0.to(tl.float32) * b_x
+    b_x, b_xx = decode_input(x, norm_weight, o_k + BK, K, True, False)
+    b_g += b_g1.to(tl.float32) * b_x
+    b_u += b_u1.to(tl.float32) * b_x
+    b_ss += b_xx
+    for i_k in range(2 * BK, K, BK * UNROLL):
+        for u in tl.static_range(UNROLL):
+            o_j = i_k + u * BK + o_k
+            b_wg, b_wu = decode_block(p_g, o_j, m_n, K), decode_block(p_u, o_j, m_n, K)
+            b_x, b_xx = decode_input(x, norm_weight, o_j, K, True, False)
+            b_g += b_wg.to(tl.float32) * b_x
+            b_u += b_wu.to(tl.float32) * b_x
+            b_ss += b_xx
+    b_gate, b_up = tl.sum(b_g, axis=1), tl.sum(b_u, axis=1)
+    b_r = tl.rsqrt(tl.sum(b_ss, axis=1) / K + eps)
+    b_gate *= b_r
+    tl.store(h + i_slot * I + o_n, (b_gate * kda_sigmoid(b_gate) * b_up * b_r).to(h.dtype.element_ty), mask=m_n)
 
 
 @triton.jit
@@ -92,31 +84,29 @@ def decode_expert_down_kernel(
     """Program: BN of the H outputs. y holds the residual and is added to."""
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     m_n = o_n < H
-    o_k = tl.arange(0, BK)
-    p_shared = shared_down + o_n[:, None] * (NS * I) + o_k[None, :]
+    o_k = tl.arange(0, BK)[None, :] + o_n[:, None] * 0
+    p_shared = shared_down + o_n[:, None] * (NS * I) + o_k
     if NS > 0:
-        b_first = tl.load(p_shared, mask=m_n[:, None] & (o_k < NS * I)[None, :], other=0.0)
+        b_first = tl.load(p_shared, mask=m_n[:, None] & (o_k < NS * I), other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     b_y = tl.zeros([BN, BK], tl.float32)
-    for i_slot in range(0, TOPK):
+    for i_slot in tl.static_range(TOPK):
         expert, weight = tl.load(chosen + i_slot).to(tl.int64), tl.load(weights + i_slot)
         p_w = down + expert * (H * I) + o_n[:, None] * I
         for i_k in range(0, I, BK * UNROLL):
             for u in tl.static_range(UNROLL):
                 o_i = i_k + u * BK + o_k
-                m_k = o_i < I if I % (BK * UNROLL) != 0 else tl.full([BK], True, tl.int1)
-                b_w = tl.load(p_w + o_i[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0).to(tl.float32)
-                b_h = tl.load(h + i_slot * I + o_i, mask=m_k, other=0.0).to(tl.float32) * weight
-                b_y += b_w * b_h[None, :]
+                m_i = m_n[:, None] & (o_i < I)
+                b_w = tl.load(p_w + o_i, mask=m_i, other=0.0).to(tl.float32)
+                b_y += b_w * (tl.load(h + i_slot * I + o_i, mask=m_i, other=0.0).to(tl.float32) * weight)
     if NS > 0:
-        b_h = tl.load(h + TOPK * I + o_k, mask=o_k < NS * I, other=0.0).to(tl.float32)
-        b_y += b_first.to(tl.float32) * b_h[None, :]
+        b_y += b_first.to(tl.float32) * tl.load(h + TOPK * I + o_k, mask=o_k < NS * I, other=0.0).to(tl.float32)
         for i_k in range(BK, NS * I, BK):
-            m_k = i_k + o_k < NS * I
-            b_w = tl.load(p_shared + i_k, mask=m_n[:, None] & m_k[None, :], other=0.0).to(tl.float32)
-            b_y += b_w * tl.load(h + TOPK * I + i_k + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
+            m_i = m_n[:, None] & (i_k + o_k < NS * I)
+            b_w = tl.load(p_shared + i_k, mask=m_i, other=0.0).to(tl.float32)
+            b_y += b_w * tl.load(h + TOPK * I + i_k + o_k, mask=m_i, other=0.0).to(tl.float32)
     b_out = tl.sum(b_y, axis=1) + tl.load(y + o_n, mask=m_n, other=0.0).to(tl.float32)
     tl.store(y + o_n, b_out.to(y.dtype.element_ty), mask=m_n)
 
@@ -156,8 +146,8 @@ def decode_expert_up(
     shared_gate, shared_up = shared or (gate_up, gate_up)
     decode_expert_up_kernel[(triton.cdiv(I, config.BN), h.shape[0])](
         x, norm_weight, logits, bias, gate_up, shared_gate, shared_up, h, chosen, weights, eps, factor,
-        E=E, BE=triton.next_power_of_2(E), TOPK=TOPK, BIASED=biased, RENORMALIZE=renormalize,
-        K=K, I=I, BN=config.BN, BK=config.BK, UNROLL=config.UNROLL, FIRST=config.FIRST, PDL=pdl,
+        E=E, BE=triton.next_power_of_2(E), TOPK=TOPK, BT=triton.next_power_of_2(TOPK), BIASED=biased,
+        RENORMALIZE=renormalize, K=K, I=I, BN=config.BN, BK=config.BK, UNROLL=config.UNROLL, PDL=pdl,
         num_warps=config.num_warps, **launch_options(pdl),
     )  # fmt: skip
 

@@ -58,11 +58,22 @@ def decode_absorb_kernel(
         return
     p += i_h * (D + S)
     q += (i_n * H + i_h) * (R + S)
-    b_p = tl.load(p + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-    b_q = tl.sum(b_w.to(tl.float32) * b_p[:, None], axis=0)
+    o_p = o_d[:, None] + o_r[None, :] * 0  # as wide as the weights, so that each thread loads what it multiplies
+    b_p = tl.load(p + o_p, mask=o_p < D, other=0.0).to(tl.float32)
+    b_q = tl.sum(b_w.to(tl.float32) * b_p, axis=0)
     tl.store(q + o_r, b_q.to(q.dtype.element_ty), mask=o_r < R)
     if i_r == 0:
         tl.store(q + R + o_s, tl.load(p + D + o_s, mask=o_s < S, other=0.0), mask=o_s < S)
+
+
+@triton.jit
+def decode_prefetch(first, last, BYTES: tl.constexpr, LINES: tl.constexpr):
+    """Ask the L2 for BYTES from row address `first` on, at most up to `last` (addresses as int64)."""
+    o_line = tl.arange(0, LINES) * 128
+    b_address = tl.minimum(first + tl.minimum(o_line, BYTES - 128), last)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [b_address], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -70,7 +81,7 @@ def decode_attend_kernel(
     q, table, past, partial, partial_lse, scale,
     T: tl.constexpr, H: tl.constexpr, R: tl.constexpr, S: tl.constexpr, SPLITS: tl.constexpr,
     BH: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr, BL: tl.constexpr,
-    STAGES: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, UPCAST: tl.constexpr, PREFETCH: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """
     Program (split, token): attention over its share of the rows. Scores and outputs are kept transposed, [rows, heads]
@@ -100,7 +111,13 @@ def decode_attend_kernel(
     b_m = tl.full([BH], -1e30, tl.float32)
     b_l = tl.zeros([BH], tl.float32)
     b_o = tl.zeros([BR, BH], tl.float32)
+    BYTES: tl.constexpr = BL * (R + S) * (q.dtype.element_ty.primitive_bitwidth // 8)
+    first_byte, last_byte = rows.to(tl.int64), (rows + end.to(tl.int64) * (R + S)).to(tl.int64) - 128
     for i_l in tl.range(begin, end, BL, num_stages=STAGES):
+        if PREFETCH > 0:
+            # Shared memory holds two blocks, too few bytes in flight for the memory's latency: the L2 takes more.
+            ahead = first_byte + (i_l // BL + PREFETCH).to(tl.int64) * BYTES
+            decode_prefetch(ahead, last_byte, BYTES, LINES)
         m_l = i_l + o_l < end
         p_rows = rows + (i_l + o_l).to(tl.int64)[:, None] * (R + S)
         b_c = tl.load(p_rows + o_r[None, :], mask=m_l[:, None] & (o_r < R)[None, :], other=0.0)
@@ -191,7 +208,7 @@ def decode_latent_attention(
         scale: of the scores.
         config: for H heads over rows of R + S.
         upcast: multiply bf16 as fp32 (for Triton's interpreter).
-        pdl: launch programmatically dependent (see decode_linear).
+        pdl: launch programmatically dependent (see decode_linear), and prefetch to the L2 (both from sm_90 on).
     """
     (N, H, V), R, splits = o.shape, partial.shape[3], partial.shape[1]
     D = kv_b.shape[0] // H - V
@@ -204,13 +221,15 @@ def decode_latent_attention(
     decode_attend_kernel[(splits, N)](
         q, table, past, partial, partial_lse, scale * 1.4426950408889634,
         T=tokens, H=H, R=R, S=shared, SPLITS=splits, BH=config.BH, BR=BR, BS=BS, BL=config.BL,
-        STAGES=config.num_stages, UPCAST=upcast, PDL=pdl, num_warps=config.num_warps, **launch_options(pdl),
+        STAGES=config.num_stages, UPCAST=upcast, PDL=pdl,
+        PREFETCH=2 if pdl else 0, LINES=padded(config.BL * (R + shared) * q.element_size() // 128),
+        num_warps=config.num_warps, **launch_options(pdl),
     )  # fmt: skip
     BV = min(32, padded(V))
     decode_value_kernel[(N, H, triton.cdiv(V, BV))](
         partial, partial_lse, kv_b, past, o,
-        T=tokens, H=H, D=D, V=V, R=R, SPLITS=splits, BP=padded(splits), BR=BR, BV=BV, BX=8, BL=config.BL,
-        PDL=pdl, num_warps=4, **launch_options(pdl),
+        T=tokens, H=H, D=D, V=V, R=R, SPLITS=splits, BP=padded(splits), BR=BR, BV=BV, BX=16, BL=config.BL,
+        PDL=pdl, num_warps=8, **launch_options(pdl),
     )  # fmt: skip
 
 

@@ -69,15 +69,27 @@ def decode_segment(
 
 
 @triton.jit
-def decode_input(x, norm_weight, o_k, m_k, K: tl.constexpr, HAS_NORM: tl.constexpr, GATED: tl.constexpr):
-    """Columns `o_k` of x̂ without the norm's factor, and their squares, fp32."""
-    b_x = tl.load(x + o_k, mask=m_k, other=0.0).to(tl.float32)
+def decode_block(p_w, o_k, m_n, K: tl.constexpr):
+    """Columns `o_k` of the rows at `p_w`."""
+    return tl.load(p_w + o_k, mask=m_n[:, None] & (o_k < K), other=0.0)
+
+
+@triton.jit
+def decode_input(x, norm_weight, o_k, K: tl.constexpr, HAS_NORM: tl.constexpr, GATED: tl.constexpr):
+    """
+    Columns `o_k` of x̂ without the norm's factor, and their squares, fp32.
+
+    `o_k` has the shape of the weights' tile, one copy of the columns for each row: each thread then loads what it
+    multiplies. Columns alone would be handed around through shared memory, with barriers that hold up the loads of
+    weights behind them.
+    """
+    b_x = tl.load(x + o_k, mask=o_k < K, other=0.0).to(tl.float32)
     if GATED:
-        b_x *= kda_sigmoid(b_x) * tl.load(x + K + o_k, mask=m_k, other=0.0).to(tl.float32)
-    b_ss = b_x * b_x
+        b_x *= kda_sigmoid(b_x) * tl.load(x + K + o_k, mask=o_k < K, other=0.0).to(tl.float32)
+    b_xx = b_x * b_x
     if HAS_NORM:
-        b_x *= tl.load(norm_weight + o_k, mask=m_k, other=0.0).to(tl.float32)
-    return b_x, b_ss
+        b_x *= tl.load(norm_weight + o_k, mask=o_k < K, other=0.0).to(tl.float32)
+    return b_x, b_xx
 
 
 @triton.jit
@@ -85,39 +97,45 @@ def decode_gemv_kernel(
     x, norm_weight, residual, y, w0, w1, w2, w3, w4, w5, eps,
     M0: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr, M3: tl.constexpr, M4: tl.constexpr, M5: tl.constexpr,
     X0: tl.constexpr, X1: tl.constexpr, X2: tl.constexpr, X3: tl.constexpr, X4: tl.constexpr, X5: tl.constexpr,
-    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr, FIRST: tl.constexpr,
+    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr,
     HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token: see the module docstring. The first FIRST columns go ahead, the others follow in blocks of BK."""
+    """One token: see the module docstring. Four blocks of columns go ahead, the others UNROLL at a time."""
     w, i_row, n_rows, x_col, y_col = decode_segment(
         tl.program_id(0), w0, w1, w2, w3, w4, w5, M0, M1, M2, M3, M4, M5, X0, X1, X2, X3, X4, X5, BN
     )
     o_n = i_row + tl.arange(0, BN)
     m_n = o_n < n_rows
     p_w = w + o_n.to(tl.int64)[:, None] * K
-    o_k = tl.arange(0, FIRST)
-    b_w = tl.load(p_w + o_k[None, :], mask=m_n[:, None] & (o_k < K)[None, :], other=0.0)
+    o_k = tl.arange(0, BK)[None, :] + o_n[:, None] * 0
+    b_w0 = decode_block(p_w, o_k, m_n, K)
+    b_w1 = decode_block(p_w, o_k + BK, m_n, K)
+    b_w2 = decode_block(p_w, o_k + 2 * BK, m_n, K)
+    b_w3 = decode_block(p_w, o_k + 3 * BK, m_n, K)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    b_x, b_ss = decode_input(x + x_col, norm_weight, o_k, o_k < K, K, HAS_NORM, GATED)
-    b_out = tl.sum(b_w.to(tl.float32) * b_x[None, :], axis=1)
-    ss = tl.sum(b_ss, axis=0)
-    if K > FIRST:
-        b_y = tl.zeros([BN, BK], tl.float32)
-        b_sj = tl.zeros([BK], tl.float32)
-        for i_k in range(FIRST, K, BK * UNROLL):
-            for u in tl.static_range(UNROLL):
-                o_j = i_k + u * BK + tl.arange(0, BK)
-                m_j = o_j < K if (K - FIRST) % (BK * UNROLL) != 0 else tl.full([BK], True, tl.int1)
-                b_wj = tl.load(p_w + o_j[None, :], mask=m_n[:, None] & m_j[None, :], other=0.0)
-                b_xj, b_xx = decode_input(x + x_col, norm_weight, o_j, m_j, K, HAS_NORM, GATED)
-                b_sj += b_xx
-                b_y += b_wj.to(tl.float32) * b_xj[None, :]
-        b_out += tl.sum(b_y, axis=1)
-        ss += tl.sum(b_sj, axis=0)
+    x += x_col
+    b_x, b_ss = decode_input(x, norm_weight, o_k, K, HAS_NORM, GATED)
+    b_y = b_w0.to(tl.float32) * b_x
+    b_x, b_xx = decode_input(x, norm_weight, o_k + BK, K, HAS_NORM, GATED)
+    b_y += b_w1.to(tl.float32) * b_x
+    b_ss += b_xx
+    b_x, b_xx = decode_input(x, norm_weight, o_k + 2 * BK, K, HAS_NORM, GATED)
+    b_y += b_w2.to(tl.float32) * b_x
+    b_ss += b_xx
+    b_x, b_xx = decode_input(x, norm_weight, o_k + 3 * BK, K, HAS_NORM, GATED)
+    b_y += b_w3.to(tl.float32) * b_x
+    b_ss += b_xx
+    for i_k in range(4 * BK, K, BK * UNROLL):
+        for u in tl.static_range(UNROLL):
+            b_w = decode_block(p_w, i_k + u * BK + o_k, m_n, K)
+            b_x, b_xx = decode_input(x, norm_weight, i_k + u * BK + o_k, K, HAS_NORM, GATED)
+            b_y += b_w.to(tl.float32) * b_x
+            b_ss += b_xx
+    b_out = tl.sum(b_y, axis=1)
     if HAS_NORM:
-        b_out *= tl.rsqrt(ss / K + eps)
+        b_out *= tl.rsqrt(tl.sum(b_ss, axis=1) / K + eps)
     if HAS_RESIDUAL:
         b_out += tl.load(residual + y_col + o_n, mask=m_n, other=0.0).to(tl.float32)
     tl.store(y + y_col + o_n, b_out.to(y.dtype.element_ty), mask=m_n)
@@ -200,7 +218,7 @@ def decode_linear(
     if isinstance(config, GemvConfig):
         decode_gemv_kernel[(tiles,)](
             x, norm_weight, residual, y, *weights, eps, **common, HAS_NORM=norm_weight is not None,
-            BN=config.BN, BK=config.BK, UNROLL=config.UNROLL, FIRST=config.FIRST, num_warps=config.num_warps,
+            BN=config.BN, BK=config.BK, UNROLL=config.UNROLL, num_warps=config.num_warps,
         )  # fmt: skip
         return
     if norm_weight is not None:

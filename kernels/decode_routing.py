@@ -25,85 +25,84 @@ except ImportError:
 
 
 @triton.jit
-def decode_topk(
-    p_logits, bias, i_slot,
-    E: tl.constexpr, BE: tl.constexpr, TOPK: tl.constexpr, BIASED: tl.constexpr, RENORMALIZE: tl.constexpr,
-):  # fmt: skip
-    """Expert of choice `i_slot` and its weight before scaling."""
-    o_e = tl.arange(0, BE)
-    b_s = kda_sigmoid(tl.load(p_logits + o_e, mask=o_e < E, other=0.0))
-    b_c = b_s + tl.load(bias + o_e, mask=o_e < E, other=0.0).to(tl.float32)
-    if BIASED:
-        b_s = b_c
-    b_c = tl.where(o_e < E, b_c, float("-inf"))
-    expert, weight, total = i_slot * 0, 0.0, 1e-20
+def decode_topk(p_logits, bias, E: tl.constexpr, BE: tl.constexpr, TOPK: tl.constexpr, BT: tl.constexpr):
+    """Experts of the TOPK choices, int32 [BT], best first; 0 behind them."""
+    o_e, o_t = tl.arange(0, BE), tl.arange(0, BT)
+    b_c = kda_sigmoid(tl.load(p_logits + o_e, mask=o_e < E, other=0.0))
+    b_c += tl.load(bias + o_e, mask=o_e < E, other=0.0).to(tl.float32)
+    # Score and expert in one integer, so that a choice is one maximum: the bits of a float, the lower ones flipped for
+    # negative ones, compare like the float; of equal scores the lower expert has the larger number.
+    b_bits = b_c.to(tl.int32, bitcast=True)
+    b_bits = b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)
+    b_key = (b_bits.to(tl.int64) << 32) | (BE - 1 - o_e).to(tl.int64)
+    lowest = -(1 << 63)
+    b_key = tl.where(o_e < E, b_key, lowest)
+    b_chosen = tl.zeros([BT], tl.int32)
     for j in tl.static_range(TOPK):
-        best = tl.argmax(b_c, axis=0)
-        score = tl.sum(tl.where(o_e == best, b_s, 0.0), axis=0)
-        total += score
-        expert = tl.where(i_slot == j, best, expert)
-        weight = tl.where(i_slot == j, score, weight)
-        b_c = tl.where(o_e == best, float("-inf"), b_c)
+        best = tl.max(b_key, axis=0)
+        b_chosen = tl.where(o_t == j, BE - 1 - (best & 0x7FFFFFFF).to(tl.int32), b_chosen)
+        b_key = tl.where(b_key == best, lowest, b_key)
+    return b_chosen
+
+
+@triton.jit
+def decode_store_choice(
+    p_logits, bias, b_chosen, p_chosen, p_weights, factor,
+    TOPK: tl.constexpr, BT: tl.constexpr, BIASED: tl.constexpr, RENORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """Store the chosen experts and their weights."""
+    o_t = tl.arange(0, BT)
+    b_w = kda_sigmoid(tl.load(p_logits + b_chosen))
+    if BIASED:
+        b_w += tl.load(bias + b_chosen).to(tl.float32)
+    b_w = tl.where(o_t < TOPK, b_w, 0.0)
     if RENORMALIZE:
-        weight /= total
-    return expert, weight
+        b_w /= tl.sum(b_w, axis=0) + 1e-20
+    tl.store(p_chosen + o_t, b_chosen, mask=o_t < TOPK)
+    tl.store(p_weights + o_t, b_w * factor, mask=o_t < TOPK)
 
 
 @triton.jit
 def decode_route_kernel(
     logits, bias, chosen, weights, stride_logits, factor,
-    E: tl.constexpr, BE: tl.constexpr, TOPK: tl.constexpr, BIASED: tl.constexpr, RENORMALIZE: tl.constexpr,
-    PDL: tl.constexpr,
+    E: tl.constexpr, BE: tl.constexpr, TOPK: tl.constexpr, BT: tl.constexpr,
+    BIASED: tl.constexpr, RENORMALIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (token, choice): its expert and weight."""
+    """One token a program: its experts and their weights."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    i_n, i_slot = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    expert, weight = decode_topk(logits + i_n * stride_logits, bias, i_slot, E, BE, TOPK, BIASED, RENORMALIZE)
-    tl.store(chosen + i_n * TOPK + i_slot, expert)
-    tl.store(weights + i_n * TOPK + i_slot, weight * factor)
+    i_n = tl.program_id(0).to(tl.int64)
+    logits += i_n * stride_logits
+    b_chosen = decode_topk(logits, bias, E, BE, TOPK, BT)
+    p_chosen, p_weights = chosen + i_n * TOPK, weights + i_n * TOPK
+    decode_store_choice(logits, bias, b_chosen, p_chosen, p_weights, factor, TOPK, BT, BIASED, RENORMALIZE)
 
 
 @triton.jit(do_not_specialize=["P"])
 def decode_group_kernel(
     chosen, pairs, experts, n_blocks, P,
-    E: tl.constexpr, BE: tl.constexpr, BP: tl.constexpr, BM: tl.constexpr, BLOCKS: tl.constexpr,
-    PDL: tl.constexpr,
+    E: tl.constexpr, BE: tl.constexpr, BP: tl.constexpr, BM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program for all P pairs: see the module docstring. BLOCKS: most blocks of one expert, ceil(N / BM)."""
+    """One expert a program: see the module docstring. Each counts the pairs of all experts to find its first block."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    o_e = tl.arange(0, BE)
-    b_count = tl.zeros([BE], tl.int32)
-    for i_p in range(0, P, BP):
-        o_p = i_p + tl.arange(0, BP)
-        b_chosen = tl.load(chosen + o_p, mask=o_p < P, other=-1)
-        b_count += tl.sum((b_chosen[:, None] == o_e[None, :]).to(tl.int32), axis=0)
+    i_e = tl.program_id(0)
+    o_p, o_e, o_m = tl.arange(0, BP), tl.arange(0, BE), tl.arange(0, BM)
+    b_chosen = tl.load(chosen + o_p, mask=o_p < P, other=E)  # bin E counts what is no pair
+    b_count = tl.where(o_e < E, tl.histogram(b_chosen, BE), 0)
     b_blocks = (b_count + BM - 1) // BM
-    b_end = tl.cumsum(b_blocks, axis=0)
-    b_first = b_end - b_blocks
-    tl.store(n_blocks, tl.sum(b_blocks, axis=0))
-    o_m = tl.arange(0, BM)
-    for j in tl.static_range(BLOCKS):
-        m_e = (j < b_blocks) & (o_e < E)
-        tl.store(experts + b_first + j, o_e, mask=m_e)
-        o_slot = (b_first + j)[:, None] * BM + o_m[None, :]
-        tl.store(pairs + o_slot, o_slot * 0 - 1, mask=m_e[:, None] & (j * BM + o_m[None, :] >= b_count[:, None]))
-    # The rank of a pair among those of its expert, in blocks of BP against all before and inside.
-    for i_p in range(0, P, BP):
-        o_p = i_p + tl.arange(0, BP)
-        b_chosen = tl.load(chosen + o_p, mask=o_p < P, other=-1)
-        b_rank = tl.zeros([BP], tl.int32)
-        for i_r in range(0, i_p + BP, BP):
-            o_r = i_r + tl.arange(0, BP)
-            b_other = tl.load(chosen + o_r, mask=o_r < P, other=-2)
-            m_before = (b_other[None, :] == b_chosen[:, None]) & (o_r[None, :] < o_p[:, None])
-            b_rank += tl.sum(m_before.to(tl.int32), axis=1)
-        m_mine = (b_chosen[:, None] == o_e[None, :]).to(tl.int32)
-        b_base = tl.sum(m_mine * b_first[None, :], axis=1)
-        tl.store(pairs + b_base * BM + b_rank, o_p, mask=o_p < P)
+    first = tl.sum(tl.where(o_e < i_e, b_blocks, 0), axis=0)
+    count = tl.sum(tl.where(o_e == i_e, b_count, 0), axis=0)
+    if i_e == 0:
+        tl.store(n_blocks, tl.sum(b_blocks, axis=0))
+    m_mine = b_chosen == i_e
+    b_rank = tl.cumsum(m_mine.to(tl.int32), axis=0) - 1
+    tl.store(pairs + first * BM + b_rank, o_p, mask=m_mine)
+    for i_m in range(0, count, BM):
+        tl.store(experts + first + i_m // BM, i_e)
+        tl.store(pairs + first * BM + i_m + o_m, o_m * 0 - 1, mask=i_m + o_m >= count)
 
 
 def decode_route(
@@ -123,10 +122,10 @@ def decode_route(
     pdl: launch programmatically dependent (see decode_linear).
     """
     (N, E), TOPK = logits.shape, chosen.shape[1]
-    decode_route_kernel[(N, TOPK)](
+    decode_route_kernel[(N,)](
         logits, bias, chosen, weights, logits.stride(0), factor,
-        E=E, BE=triton.next_power_of_2(E), TOPK=TOPK, BIASED=biased, RENORMALIZE=renormalize, PDL=pdl,
-        num_warps=4, **launch_options(pdl),
+        E=E, BE=triton.next_power_of_2(E), TOPK=TOPK, BT=triton.next_power_of_2(TOPK),
+        BIASED=biased, RENORMALIZE=renormalize, PDL=pdl, num_warps=1, **launch_options(pdl),
     )  # fmt: skip
 
 
@@ -145,13 +144,20 @@ def decode_group(
     pdl: bool = False,
 ) -> None:
     """Group chosen [N, TOPK] by expert into pairs [NB * BM], experts [NB] and n_blocks [1], all int32; pdl as above."""
-    (N, _), P = chosen.shape, chosen.numel()
-    BM = pairs.numel() // experts.numel()
-    decode_group_kernel[(1,)](
+    P, BM = chosen.numel(), pairs.numel() // experts.numel()
+    decode_group_kernel[(num_experts,)](
         chosen, pairs, experts, n_blocks, P,
-        E=num_experts, BE=triton.next_power_of_2(num_experts), BP=min(64, padded(P)), BM=BM,
-        BLOCKS=triton.cdiv(N, BM), PDL=pdl, num_warps=8, **launch_options(pdl),
+        E=num_experts, BE=triton.next_power_of_2(num_experts + 1), BP=padded(P), BM=BM, PDL=pdl,
+        num_warps=4, **launch_options(pdl),
     )  # fmt: skip
 
 
-__all__ = ["decode_group", "decode_group_kernel", "decode_route", "decode_route_kernel", "decode_topk", "most_blocks"]
+__all__ = [
+    "decode_group",
+    "decode_group_kernel",
+    "decode_route",
+    "decode_route_kernel",
+    "decode_store_choice",
+    "decode_topk",
+    "most_blocks",
+]

@@ -1,9 +1,9 @@
 """The loop of greedy search and sampling around captured decode steps.
 
 It does what transformers' `GenerationMixin._sample` does with its logits processors and stopping criteria, and
-differs in what happens between two steps: everything is prepared while the previous step runs, so that the GPU waits
-for the host only from the moment a stopping rule has its answer until one graph is launched. Without a rule that looks
-at tokens (no eos token, no stop string), the host never waits.
+differs in what happens between two steps: the next step is launched before the host knows whether a stopping rule has
+fired. The step itself looks: where it has, the cache stays as it is and the result is dropped. So the GPU never waits
+for the host, unless a streamer or a stopping rule does.
 """
 
 from typing import Any
@@ -69,20 +69,40 @@ def sample_with_steps(
         if only_length:
             if any(input_ids.shape[1] >= criteria.max_length for criteria in stopping_criteria):
                 break
-            finished = None
+            going_on = None
         else:
             unfinished = unfinished & ~stopping_criteria(input_ids, records.scores)
-            finished = unfinished.max() == 0
+            going_on = _Answer(unfinished.any())
         with step.lock:
             if mask is not None:
                 mask = _grown(mask, cache.get_seq_length() + 1)
-            step.prepare(cache, next_tokens[:, None], mask)
-            if finished is not None and bool(finished):  # waits for the GPU, with the next step ready to go
+            step.prepare(cache, next_tokens[:, None], mask, None if going_on is None else going_on.on_device)
+            logits = step.run()[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+            if going_on is not None and not going_on.read():
                 break
-            logits = step.run(cache)[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+            step.commit(cache)
     if streamer is not None:
         streamer.end()
     return records.result(input_ids, cache)
+
+
+class _Answer:
+    """A bool on the device that the host reads later, without waiting for what was launched in between."""
+
+    def __init__(self, on_device: torch.Tensor) -> None:
+        self.on_device, self._event = on_device, None
+        if on_device.is_cuda:
+            self._on_host = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._on_host.copy_(on_device, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(on_device.device))
+
+    def read(self) -> bool:
+        """Wait for the value."""
+        if self._event is None:
+            return bool(self.on_device)
+        self._event.synchronize()
+        return bool(self._on_host)
 
 
 class _Records:

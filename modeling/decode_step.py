@@ -23,7 +23,16 @@ from typing import Any
 import torch
 
 from ..configuration.configuration_kimi_linear import KimiLinearConfig
-from ..kernels.decode_configs import down_config, experts_config, gemv_config, latent_config, padded, skinny_config
+from ..kernels.decode_configs import (
+    GROUP,
+    down_config,
+    experts_config,
+    gemv_config,
+    grouped_configs,
+    latent_config,
+    padded,
+    skinny_config,
+)
 from ..kernels.decode_experts import decode_expert_down, decode_expert_up
 from ..kernels.decode_grouped_experts import decode_grouped_experts
 from ..kernels.decode_latent import decode_latent_attention
@@ -60,6 +69,7 @@ class DecodeStep:
         self._lock = threading.Lock()
         self._held: tuple[int, ...] | None = None  # what the table holds
         self._past_on_device = -1
+        self._was_conditional = False
         self._done: torch.cuda.Event | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         if self.device.type == "cuda":
@@ -99,16 +109,11 @@ class DecodeStep:
             self.h, self.z = empty(N * topk + (shared if N == 1 else 0), I), empty(N * topk, H)
             self.chosen = empty(N, topk, dtype=torch.int32)
             self.expert_weights = empty(N, topk, dtype=torch.float32)
-            BM = 16
-            blocks = most_blocks(N, topk, E, BM)
+            blocks = most_blocks(N, topk, E, GROUP)
             self.groups = (
-                empty(blocks * BM, dtype=torch.int32),
+                empty(blocks * GROUP, dtype=torch.int32),
                 empty(blocks, dtype=torch.int32),
                 empty(1, dtype=torch.int32),
-            )
-            itemsize = self.x.element_size()
-            self.grouped_configs = tuple(
-                skinny_config(N, columns, rows, itemsize)._replace(BM=BM) for columns, rows in ((H, 2 * I), (I, H))
             )
 
     def _capture(self) -> None:
@@ -160,10 +165,22 @@ class DecodeStep:
         """
         with self._lock:
             self.prepare(cache, input_ids, mask)
-            return self.run(cache).clone()
+            logits = self.run().clone()
+            self.commit(cache)
+            return logits
 
-    def prepare(self, cache: KimiLinearCache, input_ids: torch.Tensor, mask: torch.Tensor | None = None) -> None:
-        """Everything that can be done before `run`; the caller holds `lock` from here until it has read the logits."""
+    def prepare(
+        self,
+        cache: KimiLinearCache,
+        input_ids: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        active: torch.Tensor | None = None,
+    ) -> None:
+        """Hand over the inputs of `run`; the caller holds `lock` from here until it has read the logits.
+
+        `active` is a bool scalar on the device: where it turns out False, `run` leaves the cache as it is, `commit`
+        must not follow, and the logits mean nothing.
+        """
         past = cache.get_seq_length()
         entries: list[int] = []
         for layer in cache.layers:
@@ -183,20 +200,28 @@ class DecodeStep:
         if past != self._past_on_device:
             self.past.fill_(past)
             self._past_on_device = past
+        if active is not None:
+            self.lengths.copy_(active * self.tokens)
+        elif self._was_conditional:
+            self.lengths.fill_(self.tokens)
+        self._was_conditional = active is not None
         self.input_ids.copy_(input_ids.reshape(-1))
 
-    def run(self, cache: KimiLinearCache) -> torch.Tensor:
+    def run(self) -> torch.Tensor:
         """Logits [batch, tokens, vocab_size] behind `prepare`; they are overwritten by the next run."""
-        self._past_on_device, past = -1, self._past_on_device  # an interruption leaves it unknown
+        self._past_on_device = -1  # until `commit`: an interruption leaves it unknown
         if self._graph is None:
             self._launch()
         else:
             self._graph.replay()
             self._done.record(torch.cuda.current_stream(self.device))
+        return self.logits.view(self.batch, self.tokens, -1)
+
+    def commit(self, cache: KimiLinearCache) -> None:
+        """Let `cache` count the tokens of the last `run`."""
         for layer in cache.layers:
             layer.advance(self.tokens)
-        self._past_on_device = past + self.tokens
-        return self.logits.view(self.batch, self.tokens, -1)
+        self._past_on_device = cache.get_seq_length()
 
     @property
     def lock(self) -> threading.Lock:
@@ -314,8 +339,8 @@ class DecodeStep:
         decode_route(self.router[:, :E], bias, chosen, weights, **rule)
         decode_group(chosen, *self.groups, E, pdl=self._pdl)
         decode_grouped_experts(
-            self.normed, weights, self.groups, gate_up, down, self.h, self.z, x, self.grouped_configs,
-            self._upcast, self._pdl,
+            self.normed, weights, self.groups, gate_up, down, self.h, self.z, x,
+            grouped_configs(x.shape[1], down.shape[2], x.element_size()), self._upcast, self._pdl,
         )  # fmt: skip
         if shared is not None:
             self._linear(self.router[:, E:], [shared_down], x, residual=x, gated=True)
