@@ -1,7 +1,8 @@
 """
 Launch configurations of the decode kernels: a committed table, no search at run time.
 
-`python -m benchmarks.decode --tune` times the candidates that the numbers come from (benchmarks/decode_notes.md).
+The one-token choices, the grouped experts and the attention over latents were measured on an H200
+(benchmarks/decode_notes.md); the other products of several tokens were not searched.
 """
 
 from typing import NamedTuple
@@ -54,8 +55,12 @@ def _unroll(blocks: int) -> int:
 
 def gemv_config(columns: int, rows: int) -> GemvConfig:
     """One token times weights of `rows` rows in all, `columns` wide."""
-    BN = 16 if columns <= 256 else 8 if rows >= 4096 else 4 if rows >= 512 else 2
-    BK = min(512 if columns % 512 == 0 else 256, padded(columns))
+    if rows <= 512:
+        BN, BK = 1, min(512, padded(columns))
+    elif rows <= 4096:
+        BN, BK = 4, min(1024 if columns % 1024 == 0 else 256, padded(columns))
+    else:
+        BN, BK = 16, min(256, padded(columns))
     warps = max(1, min(4, BN * BK // 256))  # 16 bytes a thread and load
     return GemvConfig(BN, BK, _unroll(max(-(-columns // BK) - 4, 1)), warps)
 
@@ -63,7 +68,7 @@ def gemv_config(columns: int, rows: int) -> GemvConfig:
 def experts_config(columns: int) -> GemvConfig:
     """One token times one expert's gate and up projections, `columns` wide."""
     BK = min(256, padded(columns))
-    return GemvConfig(8, BK, _unroll(max(-(-columns // BK) - 2, 1)), 4)
+    return GemvConfig(16, BK, _unroll(max(-(-columns // BK) - 2, 1)), 8)
 
 
 def down_config(columns: int) -> GemvConfig:

@@ -68,7 +68,7 @@ def decode_absorb_kernel(
 
 @triton.jit
 def decode_prefetch(first, last, BYTES: tl.constexpr, LINES: tl.constexpr):
-    """Ask the L2 for BYTES from row address `first` on, at most up to `last` (addresses as int64)."""
+    """Ask the L2 for the BYTES from address `first` on; addresses behind `last` are replaced by it."""
     o_line = tl.arange(0, LINES) * 128
     b_address = tl.minimum(first + tl.minimum(o_line, BYTES - 128), last)
     tl.inline_asm_elementwise(
@@ -222,7 +222,7 @@ def decode_latent_attention(
         q, table, past, partial, partial_lse, scale * 1.4426950408889634,
         T=tokens, H=H, R=R, S=shared, SPLITS=splits, BH=config.BH, BR=BR, BS=BS, BL=config.BL,
         STAGES=config.num_stages, UPCAST=upcast, PDL=pdl,
-        PREFETCH=2 if pdl else 0, LINES=padded(config.BL * (R + shared) * q.element_size() // 128),
+        PREFETCH=1 if pdl else 0, LINES=padded(config.BL * (R + shared) * q.element_size() // 128),
         num_warps=config.num_warps, **launch_options(pdl),
     )  # fmt: skip
     BV = min(32, padded(V))
