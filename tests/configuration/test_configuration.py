@@ -331,7 +331,7 @@ def test_the_released_padding_may_be_set_after_a_smaller_vocabulary():
     config = KimiLinearConfig(**fields)
     assert config.pad_token_id == 163839
     with torch.device("meta"):
-        with pytest.raises(ValueError, match="pad_token_id=163839.*vocab_size=128"):
+        with pytest.raises(ValueError, match=r"pad_token_id=163839.*vocab_size=128"):
             KimiLinearForCausalLM(config)
         config.pad_token_id = 0
         KimiLinearForCausalLM(config)
