@@ -318,7 +318,7 @@ def make_masks(
 class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
     """The decoder with its language-model head."""
 
-    _tied_weights_keys = {}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
