@@ -126,6 +126,10 @@ def _notes(config: KimiLinearConfig, fields: dict[str, Any], folder: Path) -> li
     heads = math.gcd(config.num_attention_heads, config.linear_num_heads)
     sizes = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
     notes = [f"tensor parallel sizes that divide all heads: {sizes}"]
+    if "auto_map" in fields:
+        notes.append(
+            "leave --trust-remote-code out: the folder's code is for transformers, the engines bring their own"
+        )
     if (config.linear_head_dim, config.kv_lora_rank, config.qk_rope_head_dim) != (128, 512, 64):
         notes.append("head sizes are not those of the released model, for which the engines' kernels are written")
     if not (folder / "tokenizer.json").is_file():

@@ -37,8 +37,12 @@ def serve(folder: Path, options: Sequence[str] = ()) -> None:
         options: further options of `transformers serve`, such as `["--port", "8001"]`.
 
     Raises:
-        ValueError: if packages are missing, or the folder is not one of this model's.
+        ValueError: if packages are missing, the folder is not one of this model's, or continuous batching is asked for.
     """
+    if "--continuous-batching" in options:
+        raise ValueError(
+            "--continuous-batching keeps keys and values in pages, which cannot hold KDA states: leave it out"
+        )
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"serving needs {', '.join(missing)}: pip install 'kimi-linear[serving]'")

@@ -31,6 +31,7 @@ def test_exported_folders_can_be_served(exported):
     report = check_serving(exported)
     assert report.problems == []
     assert report.notes[0] == "tensor parallel sizes that divide all heads: 1, 2, 4"
+    assert report.notes[1].startswith("leave --trust-remote-code out")
     assert not any("tokenizer" in note or "template" in note for note in report.notes)
     assert check_serving(SMALL_CHECKPOINT).problems == []
 

@@ -157,6 +157,8 @@ def test_the_code_of_the_folder_serves_until_interrupted(server, folder):
 def test_what_cannot_be_served_is_refused_in_one_line(folder, monkeypatch, capsys):
     assert main(["serve", str(SMALL_CHECKPOINT)]) == 1
     assert "no code of its own (no auto_map in config.json): export it first" in capsys.readouterr().err
+    assert main(["serve", str(folder), "--continuous-batching"]) == 1
+    assert "--continuous-batching keeps keys and values in pages" in capsys.readouterr().err
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name))
     assert main(["serve", str(folder)]) == 1
