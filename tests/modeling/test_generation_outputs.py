@@ -123,20 +123,19 @@ def test_beams_over_a_static_cache(model, random_ids):
     assert torch.equal(static, generate(model, random_ids(2, 9), **options))
 
 
-def test_decoding_steps_of_generate_compile_as_one_graph_once(load_tiny, random_ids, monkeypatch):
+def test_decoding_steps_of_generate_compile_as_one_graph_once(load_tiny, random_ids):
     """Without generating code: the graph is captured whole, and neither a step nor a second call captures another."""
     model, ids = load_tiny(), random_ids(2, 9)
     expected = generate(model, ids)
     compile_config = CompileConfig(fullgraph=True, dynamic=False, backend="eager", mode=None)
     compile_config._compile_all_devices = True  # transformers would compile on a GPU only
     torch.compiler.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     options = {"cache_implementation": "static", "compile_config": compile_config, "disable_compile": False}
-    for _ in range(2):
-        outputs = generate(model, ids, return_dict_in_generate=True, output_hidden_states=True, **options)
-        assert torch.equal(outputs.sequences, expected)
-        assert len(outputs.hidden_states[-1]) == 5
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        for _ in range(2):
+            outputs = generate(model, ids, return_dict_in_generate=True, output_hidden_states=True, **options)
+            assert torch.equal(outputs.sequences, expected)
+            assert len(outputs.hidden_states[-1]) == 5
     assert hasattr(model, "_compiled_call")
 
 
