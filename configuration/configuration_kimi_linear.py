@@ -164,7 +164,10 @@ class KimiLinearConfig(PreTrainedConfig):
         if self.head_dim is None and self.num_attention_heads:
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
-        self.check_consistency()
+        self._check_fields()
+        # The released padding lies outside a smaller vocabulary; who left the field out may still set it.
+        if self.pad_token_id != type(self).pad_token_id:
+            self._check_pad_token()
         for name, given in (("layer_types", layer_types), ("mlp_layer_types", mlp_layer_types)):
             if given is not None and list(given) != getattr(self, name):
                 raise ValueError(
@@ -231,7 +234,11 @@ class KimiLinearConfig(PreTrainedConfig):
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     def check_consistency(self) -> None:
-        """Raise ValueError if fields contradict one another; run on construction and again when a model is built."""
+        """Raise ValueError if fields contradict one another; run when a model is built."""
+        self._check_fields()
+        self._check_pad_token()
+
+    def _check_fields(self) -> None:
         self._check_other_models()
         self._check_sizes()
         self._check_layer_lists()
@@ -278,10 +285,12 @@ class KimiLinearConfig(PreTrainedConfig):
                 f"head_dim={self.head_dim} does not fit: it must be hidden_size // num_attention_heads = {fitting[0]} "
                 "(nothing reads it; leave it out to have it filled in)"
             )
-        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
-            raise ValueError(f"pad_token_id={self.pad_token_id} must be null or in [0, vocab_size={self.vocab_size})")
         if self.kda_backend not in _KDA_BACKENDS:
             raise ValueError(f"kda_backend={self.kda_backend!r} must be one of {', '.join(_KDA_BACKENDS)}")
+
+    def _check_pad_token(self) -> None:
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(f"pad_token_id={self.pad_token_id} must be null or in [0, vocab_size={self.vocab_size})")
 
     def _check_layer_lists(self) -> None:
         kda, full = self.linear_attn_config["kda_layers"], self.linear_attn_config["full_attn_layers"]

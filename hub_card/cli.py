@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 PROGRAM = "python -m kimi_linear.hub_card"
 
@@ -31,6 +32,28 @@ folder.
 exit codes: 0 done, 1 the export was refused or failed, 2 wrong arguments, 130 interrupted
 """
 
+_CHECK_DESCRIPTION = """\
+Check whether vLLM (0.11.1 or later) and SGLang (0.5.5 or later) can serve a folder: the fields of config.json that they
+read, and names and shapes of every tensor. Nothing is loaded; serving_engines.md beside this program says what was read
+in their sources.
+"""
+_CHECK_EPILOG = f"""\
+example:
+  {PROGRAM} check-serving kimi-48b
+
+exit codes: 0 they can serve it, 1 they cannot or the folder is damaged, 2 wrong arguments
+"""
+_SERVE_DESCRIPTION = """\
+Answer OpenAI-style requests with transformers' own server and the code of FOLDER, which is executed. Options that are
+not listed go to `transformers serve`, for example --host, --port, --device, --dtype and --log-level.
+"""
+_SERVE_EPILOG = f"""\
+example:
+  {PROGRAM} serve kimi-48b --host 127.0.0.1 --port 8000
+
+exit codes: 0 stopped, 1 the folder cannot be served or packages are missing, 2 wrong arguments
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code.
@@ -38,13 +61,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: by default those of the process.
     """
-    parsed = _parser().parse_args(arguments)
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    if rest and parsed.run is not _run_serve:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    parsed.rest = rest
     return parsed.run(parsed)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=PROGRAM, description="Tools for Kimi Linear folders of the Hugging Face Hub.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_export(commands)
+    check = commands.add_parser(
+        "check-serving",
+        help="check whether vLLM and SGLang can serve a folder",
+        description=_CHECK_DESCRIPTION,
+        epilog=_CHECK_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    check.set_defaults(run=_run_check)
+    check.add_argument("folder", type=Path, metavar="FOLDER", help="an exported or a released folder with weights")
+    server = commands.add_parser(
+        "serve",
+        help="serve a folder over HTTP with transformers' server",
+        description=_SERVE_DESCRIPTION,
+        epilog=_SERVE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    server.set_defaults(run=_run_serve)
+    server.add_argument("folder", type=Path, metavar="FOLDER", help="an exported folder with weights and tokenizer")
+    return parser
+
+
+def _add_export(commands: Any) -> None:
     export = commands.add_parser(
         "export",
         help="write a folder that loads with trust_remote_code",
@@ -73,7 +124,6 @@ def _parser() -> argparse.ArgumentParser:
         help="Hub id of the checkpoint, for the card (default: what the path of --checkpoint tells)",
     )
     export.add_argument("--repo-id", metavar="ID", help="what the card's usage loads (default: the name of DIR)")
-    return parser
 
 
 def _run_export(arguments: argparse.Namespace) -> int:
@@ -81,14 +131,12 @@ def _run_export(arguments: argparse.Namespace) -> int:
     from .exporter import ExportRequest, export
     from .staging import staging_path
 
-    request = ExportRequest(**{name: value for name, value in vars(arguments).items() if name != "run"})
+    request = ExportRequest(**{name: value for name, value in vars(arguments).items() if name not in ("run", "rest")})
     staging = staging_path(request.out)
     try:
         report = export(request)
     except (ValueError, OSError) as error:
-        message = error.strerror if isinstance(error, OSError) and error.filename is None else None
-        print(f"error: {' '.join(str(message or error).split())}", file=sys.stderr)
-        return 1
+        return _report_error(error)
     except KeyboardInterrupt:
         kept = f"; {staging} keeps what was copied: run the same command again to go on, or remove it"
         print(f"interrupted{kept if staging.exists() else ''}", file=sys.stderr)
@@ -98,6 +146,38 @@ def _run_export(arguments: argparse.Namespace) -> int:
     )
     print(f"wrote {request.out}: {len(report.code_files)} code files, {weights}")
     return 0
+
+
+def _run_check(arguments: argparse.Namespace) -> int:
+    from .serving_requirements import ENGINES, check_serving
+
+    try:
+        report = check_serving(arguments.folder)
+    except (ValueError, OSError) as error:
+        return _report_error(error)
+    print(f"{ENGINES} {'cannot' if report.problems else 'can'} serve {arguments.folder}")
+    for problem in report.problems:
+        print(f"  - {problem}")
+    for note in report.notes:
+        print(f"note: {note}")
+    return 1 if report.problems else 0
+
+
+def _run_serve(arguments: argparse.Namespace) -> int:
+    from .transformers_server import serve
+
+    try:
+        serve(arguments.folder, arguments.rest)
+    except (ValueError, OSError) as error:
+        return _report_error(error)
+    return 0
+
+
+def _report_error(error: Exception) -> int:
+    """One line on standard error; the exit code of a failure."""
+    message = error.strerror if isinstance(error, OSError) and error.filename is None else None
+    print(f"error: {' '.join(str(message or error).split())}", file=sys.stderr)
+    return 1
 
 
 __all__ = ["main"]

@@ -213,6 +213,9 @@ def _limits(facts: CardFacts) -> list[str]:
         f"Without {optional or 'a GPU'}, or on a CPU, KDA runs in PyTorch: the same results, much slower.",
         "No multi-token prediction and no rotary variant: the released checkpoints have neither. Configs of the Kimi "
         "K3 text model, which names the same `model_type`, are refused.",
+        "`transformers serve` looks the model class up in transformers itself and does not run this code, with "
+        "`--trust-remote-code` neither; `python -m kimi_linear.hub_card serve` of the package kimi-linear does.",
+        "Continuous batching (`generate_batch`) and the quantized cache are refused: neither can hold the KDA states.",
         "The model has no notion of positions; restarting `position_ids` mark packed sequences and do nothing else.",
     ]
     if facts.weights == "random":

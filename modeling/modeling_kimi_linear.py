@@ -23,6 +23,7 @@ from ..kernels.kda_checks import check_cu_seqlens
 from .cache_kimi_linear import KimiLinearCache
 from .decode_loop import can_sample_with_steps, sample_with_steps
 from .decode_path import DecodePath, serves, step_mask
+from .generation_caches import bound_unbounded_layers, check_cache_implementation, continuous_batching_error
 from .input_checks import (
     check_cache,
     check_embeddings,
@@ -319,7 +320,7 @@ def make_masks(
 class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
     """The decoder with its language-model head."""
 
-    _tied_weights_keys = {}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
@@ -438,11 +439,21 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """Make `KimiLinearCache` the cache of `generate()` unless the user brings or asks for another."""
+        check_cache_implementation(generation_config.cache_implementation, self.config.layer_types)
         wants_default = generation_config.cache_implementation in (None, "dynamic") and generation_config.use_cache
         if wants_default and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = KimiLinearCache(self.config)
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            bound_unbounded_layers(model_kwargs.get("past_key_values"))
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse, for every way into transformers' continuous batching goes through here.
+
+        Raises:
+            ValueError: always.
+        """
+        raise continuous_batching_error()
 
 
 class KimiLinearForSequenceClassification(GenericForSequenceClassification, KimiLinearPreTrainedModel):

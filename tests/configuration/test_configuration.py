@@ -324,6 +324,19 @@ def test_fields_changed_after_construction_are_caught_when_a_model_is_built(fiel
         KimiLinearForCausalLM(config)
 
 
+def test_the_released_padding_may_be_set_after_a_smaller_vocabulary():
+    """Who leaves `pad_token_id` out has the released one, and can mend it before a model is built."""
+    config = tiny(vocab_size=128)
+    fields = {name: value for name, value in config.to_dict().items() if name != "pad_token_id"}
+    config = KimiLinearConfig(**fields)
+    assert config.pad_token_id == 163839
+    with torch.device("meta"):
+        with pytest.raises(ValueError, match=r"pad_token_id=163839.*vocab_size=128"):
+            KimiLinearForCausalLM(config)
+        config.pad_token_id = 0
+        KimiLinearForCausalLM(config)
+
+
 def test_lists_changed_in_place_are_caught_when_a_model_is_built():
     config = tiny()
     config.linear_attn_config["kda_layers"].append(4)
