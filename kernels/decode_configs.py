@@ -77,27 +77,33 @@ def down_config(columns: int) -> GemvConfig:
     return GemvConfig(4, BK, _unroll(-(-columns // BK)), 4)
 
 
-def skinny_config(tokens: int, columns: int, rows: int, itemsize: int) -> SkinnyConfig:
+def _stages(gpu: str) -> int:
+    # Blocks in flight: an AMD workgroup has 64 KiB of shared memory, a desktop GPU 99, sm_90 227.
+    return {"gfx942": 2, "sm_80": 3}.get(gpu, 4)
+
+
+def skinny_config(tokens: int, columns: int, rows: int, itemsize: int, gpu: str = "sm_90") -> SkinnyConfig:
     """Several tokens times weights of `rows` rows, `columns` wide, of `itemsize` bytes an element."""
     BM = min(64, padded(tokens))
     BN = 16 if rows <= 2560 else 32 if rows <= 16384 else 64
     BK = min(256 // itemsize, padded(columns))
-    return SkinnyConfig(BM, BN, BK, 4 if BM * BN >= 1024 else 2, 4)
+    return SkinnyConfig(BM, BN, BK, 4 if BM * BN >= 1024 else 2, _stages(gpu))
 
 
-def grouped_configs(columns: int, hidden: int, itemsize: int) -> tuple[SkinnyConfig, SkinnyConfig]:
+def grouped_configs(
+    columns: int, hidden: int, itemsize: int, gpu: str = "sm_90"
+) -> tuple[SkinnyConfig, SkinnyConfig]:
     """Routed experts of several tokens: up (rows of `columns`) and down (rows of `hidden`)."""
-    BK = 256 // itemsize
+    BK, stages = 256 // itemsize, _stages(gpu)
     up, down = min(BK, padded(columns)), min(BK, padded(hidden))
-    return SkinnyConfig(GROUP, 32, up, 2, 4), SkinnyConfig(GROUP, 64, down, 2, 4)
+    return SkinnyConfig(GROUP, 32, up, 2, stages), SkinnyConfig(GROUP, 64, down, 2, stages)
 
 
-def latent_config(heads: int, width: int, itemsize: int) -> LatentConfig:
+def latent_config(heads: int, width: int, itemsize: int, gpu: str = "sm_90") -> LatentConfig:
     """Attention of `heads` heads over rows whose latent has `width` elements."""
-    BH = padded(heads)
-    row = padded(width) * itemsize
-    BL = max(16, min(64, (1 << 16) // row))
-    return LatentConfig(BH, BL, 4, 2)
+    block = 1 << 16 if gpu in ("sm_90", "sm_100") else 1 << 15  # bytes
+    BL = max(16, min(64, block // (padded(width) * itemsize)))
+    return LatentConfig(padded(heads), BL, 4 if gpu in ("sm_90", "sm_100") else 8, 2)
 
 
 __all__ = [

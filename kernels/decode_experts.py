@@ -36,12 +36,14 @@ def decode_expert_up_kernel(
     m_n = o_n < I
     i_shared = tl.num_programs(1) - TOPK - 1 - tl.program_id(1)  # from 0 on: a choice of the shared expert
     i_slot = tl.num_programs(1) - 1 - tl.program_id(1)
-    p_g = shared_gate + (i_shared * I + o_n[:, None]) * K
-    p_u = shared_up + (i_shared * I + o_n[:, None]) * K
+    w_gate, w_up = shared_gate + i_shared * (I * K), shared_up + i_shared * (I * K)
+    # Carried through the branch as numbers: Triton's AMD backend can't carry two pointers.
+    gate_address, up_address = w_gate.to(tl.int64), w_up.to(tl.int64)
     o_k = tl.arange(0, BK)[None, :] + o_n[:, None] * 0
+    o_row = o_n[:, None] * K
     m_ahead = m_n & (i_shared + o_n * 0 >= 0)
-    b_g0, b_g1 = decode_block(p_g, o_k, m_ahead, K), decode_block(p_g, o_k + BK, m_ahead, K)
-    b_u0, b_u1 = decode_block(p_u, o_k, m_ahead, K), decode_block(p_u, o_k + BK, m_ahead, K)
+    b_g0, b_g1 = decode_block(w_gate + o_row, o_k, m_ahead, K), decode_block(w_gate + o_row, o_k + BK, m_ahead, K)
+    b_u0, b_u1 = decode_block(w_up + o_row, o_k, m_ahead, K), decode_block(w_up + o_row, o_k + BK, m_ahead, K)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -50,10 +52,16 @@ def decode_expert_up_kernel(
         expert = tl.sum(tl.where(tl.arange(0, BT) == i_slot, b_chosen, 0), axis=0)
         if (tl.program_id(0) == 0) & (i_slot == 0):
             decode_store_choice(logits, bias, b_chosen, chosen, weights, factor, TOPK, BT, BIASED, RENORMALIZE)
-        p_g = gate_up + expert.to(tl.int64) * (2 * I * K) + o_n[:, None] * K
-        p_u = p_g + I * K
-        b_g0, b_g1 = decode_block(p_g, o_k, m_n, K), decode_block(p_g, o_k + BK, m_n, K)
-        b_u0, b_u1 = decode_block(p_u, o_k, m_n, K), decode_block(p_u, o_k + BK, m_n, K)
+        p_gate = gate_up + expert.to(tl.int64) * (2 * I * K) + o_row
+        p_up = p_gate + I * K
+        gate_address = (gate_up + expert.to(tl.int64) * (2 * I * K)).to(tl.int64)
+        up_address = (gate_up + expert.to(tl.int64) * (2 * I * K) + I * K).to(tl.int64)
+        b_g0, b_g1 = decode_block(p_gate, o_k, m_n, K), decode_block(p_gate, o_k + BK, m_n, K)
+        b_u0, b_u1 = decode_block(p_up, o_k, m_n, K), decode_block(p_up, o_k + BK, m_n, K)
+    w_gate = gate_address.to(tl.pointer_type(gate_up.dtype.element_ty))
+    w_up = up_address.to(tl.pointer_type(gate_up.dtype.element_ty))
+    if I * K % 8 == 0:
+        w_gate, w_up = tl.multiple_of(w_gate, 16), tl.multiple_of(w_up, 16)
     b_x, b_ss = decode_input(x, norm_weight, o_k, K, True, False)
     b_g = b_g0.to(tl.float32) * b_x
     b_u = b_u0.to(tl.float32) * b_x
@@ -64,7 +72,7 @@ def decode_expert_up_kernel(
     for i_k in range(2 * BK, K, BK * UNROLL):
         for u in tl.static_range(UNROLL):
             o_j = i_k + u * BK + o_k
-            b_wg, b_wu = decode_block(p_g, o_j, m_n, K), decode_block(p_u, o_j, m_n, K)
+            b_wg, b_wu = decode_block(w_gate + o_row, o_j, m_n, K), decode_block(w_up + o_row, o_j, m_n, K)
             b_x, b_xx = decode_input(x, norm_weight, o_j, K, True, False)
             b_g += b_wg.to(tl.float32) * b_x
             b_u += b_wu.to(tl.float32) * b_x

@@ -99,7 +99,10 @@ def decode_attend_kernel(
         return
     i_b = i_n // T
     rows = tl.multiple_of(tl.load(table).to(tl.pointer_type(q.dtype.element_ty)), 16)
-    rows += tl.multiple_of(i_b * tl.load(table + 1), 16)
+    o_batch = i_b * tl.load(table + 1)
+    if (R + S) % 16 == 0:
+        o_batch = tl.multiple_of(o_batch, 16)
+    rows += o_batch
     p_mask = tl.load(table + 2)
     mask = (p_mask + i_b * tl.load(table + 3)).to(tl.pointer_type(tl.int8))
     o_h, o_r, o_s, o_l = tl.arange(0, BH), tl.arange(0, BR), tl.arange(0, BS), tl.arange(0, BL)

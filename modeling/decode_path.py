@@ -67,12 +67,16 @@ class DecodePath:
         return step
 
 
+def gpu_has_kernels(model: Any) -> bool:
+    """Whether the step's kernels run where `model` is, and are meant to."""
+    device = model.lm_head.weight.device
+    return device.type == "cuda" and kernels_serve(device) and is_first_choice(device)
+
+
 def _changing_reason(model: Any) -> str | None:
     """What a user can switch from one call to the next."""
-    device = model.lm_head.weight.device
-    by_name = model.config.kda_backend == "triton"
-    if not kernels_serve(device) or not (by_name or (device.type == "cuda" and is_first_choice(device))):
-        return f"the kernels need Triton and an NVIDIA GPU from sm_80 on; the model is on {device}"
+    if not gpu_has_kernels(model):
+        return f"the kernels need Triton and an NVIDIA GPU from sm_80 on; the model is on {model.lm_head.weight.device}"
     if len(model.model.layers) != model.config.num_hidden_layers:
         return f"only {model.config.num_hidden_layers} of {len(model.model.layers)} layers are in use (early exit)"
     if model.training:

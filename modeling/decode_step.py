@@ -39,7 +39,7 @@ from ..kernels.decode_latent import decode_latent_attention
 from ..kernels.decode_linear import decode_linear
 from ..kernels.decode_routing import decode_group, decode_route, most_blocks
 from ..kernels.fused_norms_triton import rms_norm_fwd_kernel
-from ..kernels.kda_triton_configs import step_config
+from ..kernels.kda_triton_configs import gpu_class, step_config
 from ..kernels.kda_triton_step import kda_step_fwd
 from .cache_kimi_linear import KDACacheLayer, KimiLinearCache
 
@@ -64,7 +64,11 @@ class DecodeStep:
         weight = model.lm_head.weight
         self.device, self.dtype = weight.device, weight.dtype
         self._upcast = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-        self._pdl = weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) >= (9, 0)
+        self._gpu = "sm_90"
+        if weight.device.type == "cuda":
+            capability = torch.cuda.get_device_capability(weight.device)
+            self._gpu = gpu_class(capability, torch.version.hip is not None)
+        self._pdl = weight.device.type == "cuda" and self._gpu in ("sm_90", "sm_100")
         self._allocate()
         self._lock = threading.Lock()
         self._held: tuple[int, ...] | None = None  # what the table holds
@@ -259,7 +263,7 @@ class DecodeStep:
             if norm is not None:
                 options |= {"norm_weight": norm.weight, "eps": norm.variance_epsilon}
         else:
-            config = skinny_config(x.shape[0], columns, rows, x.element_size())
+            config = skinny_config(x.shape[0], columns, rows, x.element_size(), self._gpu)
             x = x if norm is None else self._normed(x, norm)
         decode_linear(x, weights, y, config, upcast=self._upcast, pdl=self._pdl, **options)
 
@@ -303,7 +307,7 @@ class DecodeStep:
         decode_latent_attention(
             p, mla.kv_b_proj.weight, latent_norm.weight, latent_norm.variance_epsilon, entry, self.past,
             self.q_latent, self.partial, self.partial_lse, o.view(-1, heads, V), self.tokens, S, mla.scaling,
-            latent_config(heads, R, o.element_size()), self._upcast, self._pdl,
+            latent_config(heads, R, o.element_size(), self._gpu), self._upcast, self._pdl,
         )  # fmt: skip
         self._linear(o, [mla.o_proj.weight], self.x, residual=self.x)
 
@@ -340,7 +344,7 @@ class DecodeStep:
         decode_group(chosen, *self.groups, E, pdl=self._pdl)
         decode_grouped_experts(
             self.normed, weights, self.groups, gate_up, down, self.h, self.z, x,
-            grouped_configs(x.shape[1], down.shape[2], x.element_size()), self._upcast, self._pdl,
+            grouped_configs(x.shape[1], down.shape[2], x.element_size(), self._gpu), self._upcast, self._pdl,
         )  # fmt: skip
         if shared is not None:
             self._linear(self.router[:, E:], [shared_down], x, residual=x, gated=True)

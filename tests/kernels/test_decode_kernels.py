@@ -1,0 +1,94 @@
+"""The kernels of the decode step: the interpreter's tests, and a compilation for the GPU classes they claim."""
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from test_kda_triton_compile import SHARED_LIMIT, TARGETS, _OfflineDriver, resources
+from tiny_checkpoints import RELEASED_CONFIG
+from triton.runtime.driver import driver
+
+from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
+from kimi_linear.kernels import (
+    decode_experts,
+    decode_grouped_experts,
+    decode_latent,
+    decode_linear,
+    decode_routing,
+    fused_norms_triton,
+    kda_triton_step,
+)
+from kimi_linear.modeling.decode_step import DecodeStep
+from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
+
+HERE = Path(__file__).parent
+KERNELS = [
+    decode_linear.decode_gemv_kernel, decode_linear.decode_skinny_kernel,
+    decode_routing.decode_route_kernel, decode_routing.decode_group_kernel,
+    decode_experts.decode_expert_up_kernel, decode_experts.decode_expert_down_kernel,
+    decode_grouped_experts.decode_grouped_up_kernel, decode_grouped_experts.decode_grouped_down_kernel,
+    decode_grouped_experts.decode_combine_kernel,
+    decode_latent.decode_absorb_kernel, decode_latent.decode_attend_kernel, decode_latent.decode_value_kernel,
+    kda_triton_step.kda_step_fwd_kernel, fused_norms_triton.rms_norm_fwd_kernel,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["kernels/test_decode_interpreted.py", "modeling/test_decode_step_interpreted.py"])
+def test_interpreter(path):
+    """Kernels against float64 and the step against the layers, in a process whose Triton interprets."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE.parent / path)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[1])
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert " skipped" not in result.stdout, result.stdout
+
+
+@pytest.fixture(scope="module")
+def model():
+    """One layer of each kind at the released shape, without memory."""
+    config = KimiLinearConfig.from_dict(RELEASED_CONFIG)
+    with torch.device("meta"):
+        model = KimiLinearForCausalLM(config).to(torch.bfloat16)
+    layers = model.model.layers
+    model.model.layers = torch.nn.ModuleList([layers[0], layers[2], layers[3]])  # KDA dense, KDA MoE, MLA MoE
+    return model
+
+
+@pytest.mark.parametrize(("gpu", "batch"), [*itertools.product(TARGETS, [1, 64]), ("sm_90", 8)])
+def test_step_compiles_and_fits(gpu, batch, model, monkeypatch):
+    """At the released shape: shared memory within limits; matrix products on tensor cores; wide loads of weights."""
+    target, compiled = TARGETS[gpu], []
+    step = DecodeStep(model, batch, 1)
+    step._gpu, step._pdl = gpu, gpu in ("sm_90", "sm_100")
+    monkeypatch.setattr(driver, "_active", _OfflineDriver(target))
+    for kernel in KERNELS:
+        kernel.device_caches.clear()
+
+        def run(*args, grid, warmup, kernel=kernel, launch=kernel.run, **kwargs):
+            compiled.append((kernel.__name__, launch(*args, grid=grid, warmup=True, **kwargs)))
+
+        monkeypatch.setattr(kernel, "run", run)
+    step._launch()
+    monkeypatch.undo()
+    for kernel in KERNELS:
+        kernel.device_caches.clear()
+    for name, kernel in {kernel.hash: (name, kernel) for name, kernel in compiled}.values():
+        registers, spilled = resources(kernel, target.backend)
+        shared = kernel.metadata.shared
+        print(f"{gpu:7} batch {batch:2} {name:28} registers {registers:3} spilled {spilled:4} shared {shared:6}")
+        # Desktop GPUs (sm_86, sm_89, sm_120) take the sm_80 choices and have 99 KiB.
+        assert shared <= (99 << 10 if gpu == "sm_80" else SHARED_LIMIT[gpu]), (name, shared)
+        if gpu == "sm_90":
+            assert spilled <= 128, (name, spilled)  # bytes a thread
+            if name in ("decode_gemv_kernel", "decode_expert_up_kernel", "decode_expert_down_kernel"):
+                assert len(re.findall(r"ld\.global[.\w:]*\.v4", kernel.asm["ptx"])) >= 4, name
+            if "skinny" in name or "grouped" in name or "attend" in name:
+                assert "mma" in kernel.asm["ptx"], name
