@@ -19,6 +19,8 @@ from .norms_kimi_linear import KimiRMSNorm, KimiRMSNormGated
 MAX_NEW_TOKENS = 16
 # Steps kept, one per (batch, new tokens): buffers of up to some 30 MB each at the released shape.
 _KEPT_STEPS = 8
+# transformers leaves its hooks on the layers once hidden states, attentions or router logits were asked for.
+_RECORDERS = "transformers.utils.output_capturing"
 _LEAVES = (
     nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU, KimiRMSNorm, KimiRMSNormGated, ShortConvolution,
     KimiDeltaAttention, KimiMLAAttention, KimiMLP, KimiSparseMoeBlock, KimiExperts, KimiTopkRouter,
@@ -42,7 +44,7 @@ class DecodePath:
     def reason(self, model: Any) -> str | None:
         """Why `model` decodes layer by layer, or None if it decodes by captured steps.
 
-        The answer, like the steps, is kept until parameters move or are replaced; hooks, training mode and the backend
+        The answer, like the steps, is kept until parameters or modules move or are replaced; hooks, training mode and the backend
         are looked at anew each time.
         """
         changing = _changing_reason(model)
@@ -86,13 +88,15 @@ def _changing_reason(model: Any) -> str | None:
     if model.config.kda_backend not in ("auto", "triton"):
         return f"kda_backend is {model.config.kda_backend!r}"
     for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if hasattr(module, "_hf_hook") or any(getattr(hook, "__module__", None) != _RECORDERS for hook in hooks):
             return f"{name or 'the model'} has a hook (accelerate's sharding and offloading work by hooks)"
     return None
 
 
 def _fingerprint(model: Any) -> tuple[Any, ...]:
-    return tuple(x.data_ptr() for x in model.parameters()) + tuple(x.data_ptr() for x in model.buffers())
+    tensors = (*model.parameters(), *model.buffers())
+    return (*(tensor.data_ptr() for tensor in tensors), *(type(module) for module in model.modules()))
 
 
 def _lasting_reason(model: Any) -> str | None:
