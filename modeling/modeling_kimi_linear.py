@@ -34,6 +34,7 @@ from .mla_attention import KimiMLAAttention
 from .moe_kimi_linear import KimiExperts, KimiMLP, KimiSparseMoeBlock, KimiTopkRouter
 from .norms_kimi_linear import KimiRMSNorm
 from .sequence_layout import PaddingLayout, cu_seqlens_of_restarts, position_ids_of_packed
+from .speculative_decoding import record_for_drafts
 from .weight_conversion import conversions_for_loading, damaged_file_error, released_layout_conversions
 
 logger = logging.get_logger(__name__)
@@ -107,7 +108,8 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _is_stateful = True
+    # True would make transformers refuse speculative decoding; our cache takes tokens back, and others are refused.
+    _is_stateful = False
     _can_record_outputs = {
         "router_logits": OutputRecorder(KimiTopkRouter, index=0),
         "hidden_states": KimiDecoderLayer,
@@ -382,14 +384,16 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
         return make_masks(**{name: kwargs.get(name) for name in names})
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Make `KimiLinearCache` the cache of `generate()` unless the user brings or asks for another."""
-        wants_default = generation_config.cache_implementation in (None, "dynamic") and generation_config.use_cache
-        if wants_default and model_kwargs.get("past_key_values") is None:
+        # Older transformers ask for "dynamic_full" where a draft will be taken back.
+        wants_default = generation_config.cache_implementation in (None, "dynamic", "dynamic_full")
+        if wants_default and generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = KimiLinearCache(self.config)
         else:
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+        record_for_drafts(model_kwargs.get("past_key_values"), generation_config, generation_mode)
 
 
 class KimiLinearForSequenceClassification(GenericForSequenceClassification, KimiLinearPreTrainedModel):
