@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
-from .cache_recording import RECORDED_TOKENS, KDARecording, KDAStepWeights, RawInputs
+from .cache_recording import LONGEST_DRAFT, RECORDED_TOKENS, KDARecording, KDAStepWeights, RawInputs
 
 # transformers once gave `crop` the length to keep, where 0 keeps nothing; now it gives minus the tokens to remove.
 _ZERO_KEEPS_NOTHING = "tokens_to_remove" not in inspect.signature(Cache.crop).parameters
@@ -133,7 +133,7 @@ class KDACacheLayer(LinearAttentionCacheLayerMixin):
     def begin_step(
         self, new_tokens: int, batch_size: int, window_shape: tuple, state_shape: tuple, like: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(window, state) to step `new_tokens` <= R positions from, which a kernel may update in place.
+        """(window, state) to step `new_tokens` positions from, which a kernel may update in place.
 
         Args:
             new_tokens: T of the step; while recording, room for them is made.
@@ -168,13 +168,16 @@ class KDACacheLayer(LinearAttentionCacheLayerMixin):
     def recorded_of(self, new_tokens: int) -> int:
         """How many of the `new_tokens` positions of a call get recorded, the last ones: all, unless it is a prompt.
 
-        A prompt is a call on an empty layer or one longer than the recording; half a recording of it is kept.
+        A prompt is a call on an empty layer, or a longer one than any draft; half a recording of it is kept.
         """
-        is_prompt = self.seen_tokens == 0 or new_tokens > self.recording.capacity
+        is_prompt = self.seen_tokens == 0 or new_tokens > LONGEST_DRAFT
         return min(new_tokens, self.recording.capacity // 2) if is_prompt else new_tokens
 
     def prepare_recording(self, new_tokens: int) -> None:
-        """Before a captured graph steps through `new_tokens` <= R positions: room for them in the recording, if any."""
+        """Before a captured graph steps through `new_tokens` positions: room for them in the recording, if any.
+
+        `recording.inputs` moves only if they are more than `recording.capacity`.
+        """
         if self.recording is not None:
             self.recording.prepare(self.window, self.state, new_tokens)
 

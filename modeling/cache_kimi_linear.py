@@ -103,8 +103,9 @@ class KimiLinearCache(Cache):
     def activate_past_recording(self, max_tokens: int = RECORDED_TOKENS) -> None:
         """From now on record what `crop` needs; `generate` calls it by itself for speculative decoding.
 
-        The tokens of the last call can always be taken back (of a prompt, the last `max_tokens` / 2). As long as calls
-        bring no more than 16 tokens, so can at least the last `max_tokens` / 2 of them all.
+        The tokens of the last call can always be taken back (of a prompt, the last `max_tokens` / 2; a call of more
+        than 256 tokens counts as one). As long as calls bring no more than 16 tokens, so can the last `max_tokens` / 4
+        of all (given 128 or more).
 
         Args:
             max_tokens: room of the recording, whose bytes grow with it (`recording_nbytes`).

@@ -25,13 +25,13 @@ import torch
 from ..kernels.kda_dispatch import step_kda
 from .sequence_layout import PaddingLayout
 
-# Tokens that fit into a recording. Those of the last call can always be taken back; as long as calls bring no more than
-# 16 tokens, at least half as many as fit.
+# Tokens that fit into a recording (R).
 RECORDED_TOKENS = 128
+# Drafts of more tokens than fit make the recording grow; a call beyond this is taken for a prompt.
+LONGEST_DRAFT = 256
 # Tokens behind a checkpoint before the next one is worth its copy; a rollback steps through no more than these and
 # those of the last call.
 _CHECKPOINT_SPACING = 16
-_MAX_CHECKPOINTS = 3
 
 RawInputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v, f, beta
 
@@ -113,13 +113,15 @@ class KDARecording:
         self.length, self.has_holes, self._checkpoints = 0, False, []
 
     def prepare(self, window: torch.Tensor, state: torch.Tensor, new_tokens: int) -> None:
-        """Make room for `new_tokens` <= R more, and take a checkpoint if one is due.
+        """Make room for `new_tokens` more, and take a checkpoint if one is due.
 
         Args:
             window: [B, 3 H K, W - 1] in front of them.
             state: [B, H, K, V] in front of them.
             new_tokens: how many the next call brings.
         """
+        if new_tokens > self.capacity:
+            self._grow(2 * new_tokens)
         is_full = self.length + new_tokens > self.capacity
         if not self._checkpoints:
             self._take_checkpoint(window, state)
@@ -197,17 +199,24 @@ class KDARecording:
         return sum(tensor.nbytes for tensor in tensors)
 
     def _take_checkpoint(self, window: torch.Tensor, state: torch.Tensor) -> None:
-        if len(self._checkpoints) < _MAX_CHECKPOINTS:
+        # Three are enough: the oldest; one from half of R behind it on, which becomes the oldest when the recording is
+        # full; and the newest, which keeps replays short and moves on until it is far enough behind the others to stay.
+        offsets = [checkpoint.offset for checkpoint in self._checkpoints]
+        if len(offsets) < 2 or offsets[-1] - offsets[-2] >= self.capacity // 2:
             self._checkpoints.append(_Checkpoint(self.length, window.detach().clone(), state.detach().clone()))
             return
-        # Three are enough: the oldest; one in the middle, which becomes the oldest when the recording is full, so it
-        # must not lie beyond half of it; and the newest, which keeps replays short.
-        middle = 1 if self._checkpoints[2].offset <= self.capacity // 2 else 2
-        reused = self._checkpoints.pop(middle)
-        reused.window.copy_(window)
-        reused.state.copy_(state)
-        reused.offset = self.length
-        self._checkpoints.append(reused)
+        newest = self._checkpoints[-1]
+        newest.window.copy_(window)
+        newest.state.copy_(state)
+        newest.offset = self.length
+
+    def _grow(self, capacity: int) -> None:
+        if self.inputs is not None:
+            inputs, valid = self.inputs, self.valid
+            self.inputs = inputs.new_zeros(inputs.shape[0], capacity, inputs.shape[2])
+            self.valid = valid.new_ones(inputs.shape[0], capacity)
+            self.inputs[:, : self.capacity], self.valid[:, : self.capacity] = inputs, valid
+        self.capacity = capacity
 
     def _drop_oldest(self) -> None:
         self._checkpoints.pop(0)

@@ -9,6 +9,9 @@ from .cache_kda_layer import KDACacheLayer
 from .cache_kimi_linear import KimiLinearCache
 from .cache_recording import RECORDED_TOKENS
 
+# Room in the recording of a model that makes drafts, token by token: any draft of up to 480 tokens can be taken back.
+_DRAFTER_TOKENS = 1024
+
 
 def record_for_drafts(cache: Any, generation_config: GenerationConfig, generation_mode: GenerationMode) -> None:
     """Let the cache of a model that verifies or makes drafts record its past; nothing in other generation modes.
@@ -29,7 +32,8 @@ def record_for_drafts(cache: Any, generation_config: GenerationConfig, generatio
     if isinstance(cache, KimiLinearCache):
         # Half a recording is kept of a prompt, and prompt lookup appends its first draft to that.
         drafts = generation_config.prompt_lookup_num_tokens or 0
-        cache.activate_past_recording(max(RECORDED_TOKENS, 2 * drafts))
+        tokens = _DRAFTER_TOKENS if generation_config.is_assistant else max(RECORDED_TOKENS, 2 * drafts)
+        cache.activate_past_recording(tokens)
 
 
 __all__ = ["record_for_drafts"]
