@@ -48,6 +48,8 @@ class KimiLinearCache(Cache):
         self.model_shape = model_shape(config)
         is_kda = [kind == "linear_attention" for kind in self.model_shape["layer_types"]]
         super().__init__(layers=[KDACacheLayer() if kda else LatentCacheLayer() for kda in is_kda])
+        # Set between `generate` and its first call, see speculative_decoding.expect_whole_prompt.
+        self.awaits_whole_prompt = False
 
     def __repr__(self) -> str:
         kda = len(self._kda_layers)

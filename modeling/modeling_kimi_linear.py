@@ -34,7 +34,7 @@ from .mla_attention import KimiMLAAttention
 from .moe_kimi_linear import KimiExperts, KimiMLP, KimiSparseMoeBlock, KimiTopkRouter
 from .norms_kimi_linear import KimiRMSNorm
 from .sequence_layout import PaddingLayout, cu_seqlens_of_restarts, position_ids_of_packed
-from .speculative_decoding import record_for_drafts
+from .speculative_decoding import expect_whole_prompt, record_for_drafts, uncached_tokens
 from .weight_conversion import conversions_for_loading, damaged_file_error, released_layout_conversions
 
 logger = logging.get_logger(__name__)
@@ -382,6 +382,18 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
         """Masks made ahead of a compiled step, by layer type (called by `generate`)."""
         names = ("config", "inputs_embeds", "attention_mask", "past_key_values", "position_ids")
         return make_masks(**{name: kwargs.get(name) for name in names})
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, next_sequence_length: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Arguments of the next call in `generate()`: as transformers has it, minus what a user's cache holds."""
+        if next_sequence_length is None:
+            next_sequence_length = uncached_tokens(kwargs.get("past_key_values"), input_ids)
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
+
+    def _assisted_decoding(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        expect_whole_prompt(kwargs.get("past_key_values"), input_ids)
+        return super()._assisted_decoding(input_ids, *args, **kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any

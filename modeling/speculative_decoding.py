@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMode
 
@@ -16,7 +17,7 @@ _DRAFTER_TOKENS = 1024
 def record_for_drafts(cache: Any, generation_config: GenerationConfig, generation_mode: GenerationMode) -> None:
     """Let the cache of a model that verifies or makes drafts record its past; nothing in other generation modes.
 
-    transformers before 5.20 or so doesn't ask for it by itself.
+    transformers before 5.15 doesn't ask for it by itself.
 
     Raises:
         ValueError: if it is one of transformers' own caches, which can't take tokens back from KDA states.
@@ -36,4 +37,35 @@ def record_for_drafts(cache: Any, generation_config: GenerationConfig, generatio
         cache.activate_past_recording(tokens)
 
 
-__all__ = ["record_for_drafts"]
+def expect_whole_prompt(cache: Any, input_ids: torch.Tensor) -> None:
+    """Before speculative decoding: transformers gives its first call all tokens, even if the cache holds some of them.
+
+    Args:
+        cache: what will be decoded with; `uncached_tokens` asks it what is left to take.
+        input_ids: [B, L], the prompt.
+
+    Raises:
+        ValueError: if no token is left to take.
+    """
+    if not isinstance(cache, KimiLinearCache) or cache.get_seq_length() == 0:
+        return
+    if input_ids.shape[1] <= cache.get_seq_length():
+        raise ValueError(
+            f"past_key_values holds {cache.get_seq_length()} tokens and input_ids {input_ids.shape[1]}: for "
+            "speculative decoding input_ids must be all tokens, the cached ones and at least one more"
+        )
+    cache.awaits_whole_prompt = True
+
+
+def uncached_tokens(cache: Any, input_ids: torch.Tensor) -> int | None:
+    """How many tokens at the end of `input_ids` [1, L] the first call of speculative decoding has to take.
+
+    None in all other calls, and where the cache was empty.
+    """
+    if not isinstance(cache, KimiLinearCache) or not cache.awaits_whole_prompt:
+        return None
+    cache.awaits_whole_prompt = False
+    return input_ids.shape[1] - cache.get_seq_length()
+
+
+__all__ = ["expect_whole_prompt", "record_for_drafts", "uncached_tokens"]
