@@ -71,9 +71,10 @@ def kda_step_torch(
         outputs.append(o)
     if gate is None:
         return None, window, state
-    o = torch.cat(outputs, dim=1).float()
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    o = torch.cat(outputs, dim=1).to(dtype)
     o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + norm_eps)
-    y = norm_weight.float() * o * gate.unflatten(-1, (heads, value_dim)).float().sigmoid()
+    y = norm_weight.to(dtype) * o * gate.unflatten(-1, (heads, value_dim)).to(dtype).sigmoid()
     return y.to(q.dtype), window, state
 
 
