@@ -1,14 +1,17 @@
 """The decode step of KDA in plain PyTorch: the twin of `kda_triton.kda_step`, from projections to the gated norm.
 
-Every token is a call of its own on tensors of one shape and layout. An elementwise function may round differently in
-vector and in scalar code, and which of the two an element meets depends on the shape it sits in; so only this way do
-the bits of the state behind a token not depend on how many tokens came in the same call. Rolling back relies on it.
+Every token goes through operators of its own, on tensors of one shape and layout. An elementwise function may round
+differently in vector and in scalar code, and which of the two an element meets depends on the shape it sits in; so only
+this way do the bits of the state behind a token not depend on how many tokens came in the same call. Rolling back
+relies on it.
 """
 
 import torch
+import torch.nn.functional as F
 
-from .kda_torch import recurrent_kda_torch
-from .short_convolution import causal_short_conv
+from .kda_torch import _no_autocast
+
+_NORM_EPS = 1e-6  # added to the sum of squares (reference section 3.2)
 
 
 def kda_step_torch(
@@ -46,36 +49,44 @@ def kda_step_torch(
         y [B, T, H, V] in q's dtype (None without `gate`; of no meaning behind a row's length), the window and the state
         behind each row's tokens.
     """
-    (_, heads, key_dim, value_dim), sizes = state.shape, [q.shape[-1], k.shape[-1], v.shape[-1]]
-    conv_weight, outputs = torch.cat(conv_weights), []
-    for t in range(q.shape[1]):
-        x = torch.cat([q[:, t], k[:, t], v[:, t]], dim=-1)[:, None]
-        y, new_window = causal_short_conv(x, conv_weight, window=window)
-        q_t, k_t, v_t = y.split(sizes, dim=-1)
-        o, new_state = recurrent_kda_torch(
-            q_t.unflatten(-1, (heads, key_dim)),
-            k_t.unflatten(-1, (heads, key_dim)),
-            v_t.unflatten(-1, (heads, value_dim)),
-            f[:, t : t + 1].unflatten(-1, (heads, key_dim)).contiguous(),
-            beta[:, t : t + 1].contiguous(),
-            A_log=A_log,
-            dt_bias=dt_bias,
-            initial_state=state,
-            output_final_state=True,
-        )
-        if lengths is not None:
-            active = (lengths > t).view(-1, 1, 1)
-            new_window = torch.where(active, new_window, window)
-            new_state = torch.where(active[..., None], new_state, state)
-        window, state = new_window, new_state
-        outputs.append(o)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    (B, H, K, V), out_dtype = state.shape, q.dtype
+    taps = torch.cat(conv_weights)[:, 0].to(dtype)  # [D, W]
+    decay_rate, dt_bias = -A_log.to(dtype).reshape(H, 1).exp(), dt_bias.to(dtype).reshape(H, K)
+    qk_scale = torch.tensor([K**-0.5, 1.0], dtype=dtype, device=q.device).view(2, 1, 1)
+    outputs = []
+    with _no_autocast(q.device.type):
+        for t in range(q.shape[1]):
+            x = torch.cat([q[:, t], k[:, t], v[:, t]], dim=-1)
+            inputs = torch.cat([window, x[..., None]], dim=-1)  # [B, D, W]
+            y = F.silu((inputs.to(dtype) * taps).sum(-1)).to(out_dtype).to(dtype)  # rounded as behind a prompt
+            qk = y[:, : 2 * H * K].view(B, 2, H, K)
+            qk = qk * (torch.rsqrt(qk.square().sum(-1, keepdim=True) + _NORM_EPS) * qk_scale)
+            q_t, k_t = qk.unbind(1)  # [B, H, K]
+            g = decay_rate * F.softplus(f[:, t].to(dtype).view(B, H, K) + dt_bias)
+            decayed = g.exp()[..., None] * state
+            change = y[:, 2 * H * K :].view(B, H, 1, V) - k_t[:, :, None] @ decayed
+            change = change * beta[:, t].to(dtype).sigmoid()[..., None, None]
+            new_state = decayed + k_t[..., None] * change
+            if gate is not None:
+                outputs.append(q_t[:, :, None] @ new_state)
+            new_window = inputs[..., 1:]
+            if lengths is not None:
+                active = (lengths > t).view(-1, 1, 1)
+                new_window = torch.where(active, new_window, window)
+                new_state = torch.where(active[..., None], new_state, state)
+            window, state = new_window, new_state
+    window = window.contiguous()
     if gate is None:
         return None, window, state
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    o = torch.cat(outputs, dim=1).to(dtype)
-    o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + norm_eps)
-    y = norm_weight.to(dtype) * o * gate.unflatten(-1, (heads, value_dim)).to(dtype).sigmoid()
-    return y.to(q.dtype), window, state
+    y = _gated_norm(torch.cat(outputs, dim=2).transpose(1, 2), gate, norm_weight, norm_eps)
+    return y.to(out_dtype), window, state
+
+
+def _gated_norm(o: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm of o [B, T, H, V] times sigmoid(gate [B, T, H * V]), in o's dtype (arXiv 2510.26692, eq. 10)."""
+    o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + eps)
+    return weight.to(o.dtype) * o * gate.to(o.dtype).unflatten(-1, o.shape[-2:]).sigmoid()
 
 
 __all__ = ["kda_step_torch"]
