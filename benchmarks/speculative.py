@@ -3,8 +3,8 @@
     python -m benchmarks.speculative [--tokens 128] [--repeats 5] [--out result.json]
 
 Prompt lookup is for answers that repeat what was there: assignments, numbers, a table. Prose, from topics that the
-checkpoint was not trained on, shows what it costs elsewhere. Plain and speculative runs alternate, medians are reported. The last row is the time
-of single steps with and without recording.
+checkpoint was not trained on, shows what it costs elsewhere. Plain and speculative runs alternate; medians
+are reported. The last row is the time of single steps with and without recording.
 """
 
 import argparse

@@ -52,24 +52,28 @@ def kda_step_torch(
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     (B, H, K, V), out_dtype = state.shape, q.dtype
     taps = torch.cat(conv_weights)[:, 0].to(dtype)  # [D, W]
-    decay_rate, dt_bias = -A_log.to(dtype).reshape(H, 1).exp(), dt_bias.to(dtype).reshape(H, K)
-    qk_scale = torch.tensor([K**-0.5, 1.0], dtype=dtype, device=q.device).view(2, 1, 1)
+    decay_rate = -A_log.to(dtype).reshape(H, 1).exp()
+    # Copies, conversions and single sums round alike in any shape, so these may take all tokens at once. Tokens go in
+    # front, so that one token is dense.
+    qkv = torch.cat([q, k, v], dim=-1)[..., None]
+    f = f.to(dtype).unflatten(-1, (H, K)) + dt_bias.to(dtype).reshape(H, K)
+    f, beta = f.transpose(0, 1).contiguous(), beta.to(dtype).transpose(0, 1)[..., None, None].contiguous()
     outputs = []
     with _no_autocast(q.device.type):
         for t in range(q.shape[1]):
-            x = torch.cat([q[:, t], k[:, t], v[:, t]], dim=-1)
-            inputs = torch.cat([window, x[..., None]], dim=-1)  # [B, D, W]
-            y = F.silu((inputs.to(dtype) * taps).sum(-1)).to(out_dtype).to(dtype)  # rounded as behind a prompt
+            inputs = torch.cat([window, qkv[:, t]], dim=-1)  # [B, D, W]
+            y = F.silu((inputs * taps).sum(-1))
+            if out_dtype != dtype:
+                y = y.to(out_dtype).to(dtype)  # rounded as behind a prompt
             qk = y[:, : 2 * H * K].view(B, 2, H, K)
-            qk = qk * (torch.rsqrt(qk.square().sum(-1, keepdim=True) + _NORM_EPS) * qk_scale)
-            q_t, k_t = qk.unbind(1)  # [B, H, K]
-            g = decay_rate * F.softplus(f[:, t].to(dtype).view(B, H, K) + dt_bias)
+            qk = qk * torch.rsqrt(qk.square().sum(-1, keepdim=True) + _NORM_EPS)
+            q_t, k_t = qk.unsqueeze(3).unbind(1)  # [B, H, 1, K]
+            g = decay_rate * F.softplus(f[t])
             decayed = g.exp()[..., None] * state
-            change = y[:, 2 * H * K :].view(B, H, 1, V) - k_t[:, :, None] @ decayed
-            change = change * beta[:, t].to(dtype).sigmoid()[..., None, None]
-            new_state = decayed + k_t[..., None] * change
+            change = (y[:, 2 * H * K :].view(B, H, 1, V) - k_t @ decayed) * beta[t].sigmoid()
+            new_state = decayed + k_t.transpose(2, 3) * change
             if gate is not None:
-                outputs.append(q_t[:, :, None] @ new_state)
+                outputs.append(q_t @ new_state)
             new_window = inputs[..., 1:]
             if lengths is not None:
                 active = (lengths > t).view(-1, 1, 1)
@@ -79,7 +83,8 @@ def kda_step_torch(
     window = window.contiguous()
     if gate is None:
         return None, window, state
-    y = _gated_norm(torch.cat(outputs, dim=2).transpose(1, 2), gate, norm_weight, norm_eps)
+    o = torch.cat(outputs, dim=2).transpose(1, 2) * K**-0.5
+    y = _gated_norm(o, gate, norm_weight, norm_eps)
     return y.to(out_dtype), window, state
 
 

@@ -140,7 +140,8 @@ class KDARecording:
             self.inputs = inputs[0].new_zeros(batch_size, self.capacity, width)
             self.valid = torch.ones(batch_size, self.capacity, dtype=torch.bool, device=self.inputs.device)
         end = self.length + new_tokens
-        self.inputs[:, self.length : end] = torch.cat([part.detach() for part in inputs], dim=-1)
+        with torch.no_grad():
+            torch.cat(inputs, dim=-1, out=self.inputs[:, self.length : end])
         if valid is not None:
             self.valid[:, self.length : end], self.has_holes = valid, True
         self.length = end
