@@ -181,15 +181,19 @@ class KDACacheLayer(LinearAttentionCacheLayerMixin):
         if self.recording is not None:
             self.recording.prepare(self.window, self.state, new_tokens)
 
-    def advance(self, new_tokens: int) -> None:
-        """Count positions, none of them padding, that a captured graph has stepped through.
+    def advance(self, new_tokens: int, recorded: bool = False) -> None:
+        """Count positions, none of them padding, that a captured graph has taken into `state` and `window` in place.
 
-        The graph updated `window` and `state` in place and, while recording, wrote `recording.inputs` from row
-        `recording.length` on, behind `prepare_recording(new_tokens)`.
+        Args:
+            new_tokens: how many.
+            recorded: whether it also wrote `recording.inputs` from row `recording.length` on, behind
+                `prepare_recording(new_tokens)`. If not, positions up to here can't be taken back any more.
         """
         self.seen_tokens += new_tokens
-        if self.recording is not None:
+        if self.recording is not None and recorded:
             self.recording.length += new_tokens
+        elif self.recording is not None:
+            self.recording.restart()
 
     def get_seq_length(self) -> int:
         """Positions appended so far."""

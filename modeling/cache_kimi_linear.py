@@ -122,6 +122,11 @@ class KimiLinearCache(Cache):
         for layer in self._kda_layers:
             layer.deactivate_past_recording()
 
+    @property
+    def is_recording(self) -> bool:
+        """Whether KDA layers record what `crop` needs."""
+        return any(layer.record_past for layer in self._kda_layers)
+
     def prepare_recording(self, new_tokens: int) -> None:
         """Before a captured graph steps through `new_tokens` positions (see `KDACacheLayer.advance`)."""
         for layer in self._kda_layers:

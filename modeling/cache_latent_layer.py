@@ -77,12 +77,12 @@ class LatentCacheLayer(CacheLayerMixin):
             # Autograd may still need the old rows as they are, so nothing is written in place.
             self.storage = torch.cat([self.rows, new_rows], dim=1)
         else:
-            self.ensure_capacity(end)
+            self.reserve(end)
             self.storage[:, self._length : end] = new_rows
         self._length = end
         return self.keys, self.values
 
-    def ensure_capacity(self, length: int) -> None:
+    def reserve(self, length: int) -> None:
         """Make room for `length` rows in all, moving the storage if need be. The layer must hold or have held rows."""
         # What was made in inference mode can't be written outside of it.
         is_frozen = not torch.compiler.is_compiling() and (
@@ -158,7 +158,7 @@ class LatentCacheLayer(CacheLayerMixin):
         if self.storage is None or self.storage.requires_grad or self.storage.shape[0] != rows.shape[0]:
             self.storage = rows.new_empty(rows.shape[0], 0, rows.shape[2])
         self._length, self._latent_dim = 0, latent_dim
-        self.ensure_capacity(rows.shape[1])
+        self.reserve(rows.shape[1])
         self.storage[:, : rows.shape[1]] = rows
         self._length = rows.shape[1]
         self.dtype, self.device = rows.dtype, rows.device

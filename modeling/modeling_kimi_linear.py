@@ -9,7 +9,6 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
@@ -21,6 +20,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from ..configuration.configuration_kimi_linear import KimiLinearConfig
 from ..kernels.kda_checks import check_cu_seqlens
 from .cache_kimi_linear import KimiLinearCache
+from .generation_kimi_linear import KimiGenerationMixin
 from .input_checks import (
     check_cache,
     check_embeddings,
@@ -34,7 +34,6 @@ from .mla_attention import KimiMLAAttention
 from .moe_kimi_linear import KimiExperts, KimiMLP, KimiSparseMoeBlock, KimiTopkRouter
 from .norms_kimi_linear import KimiRMSNorm
 from .sequence_layout import PaddingLayout, cu_seqlens_of_restarts, position_ids_of_packed
-from .speculative_decoding import expect_whole_prompt, record_for_drafts, uncached_tokens
 from .weight_conversion import conversions_for_loading, damaged_file_error, released_layout_conversions
 
 logger = logging.get_logger(__name__)
@@ -316,7 +315,7 @@ def make_masks(
     return {"full_attention": full_attention, "linear_attention": padding_mask}
 
 
-class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
+class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiGenerationMixin):
     """The decoder with its language-model head."""
 
     _tied_weights_keys = {}
@@ -382,30 +381,6 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
         """Masks made ahead of a compiled step, by layer type (called by `generate`)."""
         names = ("config", "inputs_embeds", "attention_mask", "past_key_values", "position_ids")
         return make_masks(**{name: kwargs.get(name) for name in names})
-
-    def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, next_sequence_length: int | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """Arguments of the next call in `generate()`: as transformers has it, minus what a user's cache holds."""
-        if next_sequence_length is None:
-            next_sequence_length = uncached_tokens(kwargs.get("past_key_values"), input_ids)
-        return super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
-
-    def _assisted_decoding(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        expect_whole_prompt(kwargs.get("past_key_values"), input_ids)
-        return super()._assisted_decoding(input_ids, *args, **kwargs)
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any
-    ) -> None:
-        """Make `KimiLinearCache` the cache of `generate()` unless the user brings or asks for another."""
-        # Older transformers ask for "dynamic_full" where a draft will be taken back.
-        wants_default = generation_config.cache_implementation in (None, "dynamic", "dynamic_full")
-        if wants_default and generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = KimiLinearCache(self.config)
-        else:
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
-        record_for_drafts(model_kwargs.get("past_key_values"), generation_config, generation_mode)
 
 
 class KimiLinearForSequenceClassification(GenericForSequenceClassification, KimiLinearPreTrainedModel):

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationConfig, GenerationMode
+from transformers.generation import GenerationConfig, GenerationMode, PromptLookupCandidateGenerator
 
 from .cache_kda_layer import KDACacheLayer
 from .cache_kimi_linear import KimiLinearCache
@@ -68,4 +68,20 @@ def uncached_tokens(cache: Any, input_ids: torch.Tensor) -> int | None:
     return input_ids.shape[1] - cache.get_seq_length()
 
 
-__all__ = ["expect_whole_prompt", "record_for_drafts", "uncached_tokens"]
+def within_length(generator: Any, max_length: int) -> Any:
+    """`generator`, whose drafts from the prompt now leave room for the token behind them.
+
+    Those of transformers' other generators do; in 5.10 a draft that crosses `max_length` would be accepted beyond it.
+    """
+    if isinstance(generator, PromptLookupCandidateGenerator):
+        get_candidates = generator.get_candidates
+
+        def get_fitting_candidates(input_ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
+            candidates, logits = get_candidates(input_ids, **kwargs)
+            return candidates[:, : max(max_length - 1, input_ids.shape[1])], logits
+
+        generator.get_candidates = get_fitting_candidates
+    return generator
+
+
+__all__ = ["expect_whole_prompt", "record_for_drafts", "uncached_tokens", "within_length"]

@@ -16,7 +16,7 @@ H, K, V, W = 2, 16, 24, 4
 EPS = 1e-5
 
 
-def make(B: int, T: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict:
+def make(B: int, T: int, dtype: torch.dtype = torch.float32, seed: int = 0, H: int = H, K: int = K, V: int = V) -> dict:
     gen = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> torch.Tensor:
@@ -70,8 +70,9 @@ def test_follows_the_reference(dtype, bound, B, T):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lengths", [None, [0, 3, 7]])
-def test_bits_do_not_depend_on_the_split(dtype, lengths):
-    x = make(3, 7, dtype)
+@pytest.mark.parametrize("shape", [(2, 16, 24), (3, 5, 7), (32, 128, 128)], ids=str)
+def test_bits_do_not_depend_on_the_split(dtype, lengths, shape):
+    x = make(3, 7, dtype, 0, *shape)
     lengths = None if lengths is None else torch.tensor(lengths)
     _, window, state = kda_step_torch(**x, lengths=lengths)
     part = dict(x)

@@ -283,7 +283,7 @@ def test_caches_that_cannot_take_tokens_back_are_refused(options, model, random_
     ids = random_ids(1, 9)
     with pytest.raises(ValueError, match=r"a DynamicCache can't do with KDA states.*KimiLinearCache\(model.config\)"):
         generate(model, ids, past_key_values=DynamicCache(config=model.config), **options)
-    with pytest.raises(ValueError, match="a StaticCache can't do with KDA states"):
+    with pytest.raises(ValueError, match=r"a (Static|Dynamic)Cache can't do with KDA states"):  # 5.10 makes the second
         generate(model, ids, cache_implementation="static", **options)
 
 
