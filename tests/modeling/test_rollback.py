@@ -2,7 +2,7 @@
 
 Bits are the same where kept and removed tokens came in calls of their own (test_cache_recording.py: for given inputs of
 a layer always). Where they shared a call, a row of a matrix product may depend on the number of rows in its last bits,
-so that states agree to 1e-5 in fp32 (some 10 layers' roundings of 6e-8 at values of order 1). Logits behind either: 1e-4.
+so that states agree to 1e-5 in fp32 (some 10 layers' roundings of 6e-8 at values of order 1), and logits to 1e-4.
 """
 
 import copy
