@@ -12,7 +12,7 @@ file.
 """
 
 import copy
-import os
+from typing import Any
 
 import torch
 from torch import nn
@@ -245,8 +245,11 @@ class KimiLinearCache(Cache):
             raise ValueError(f"fork needs at least one copy, got {copies}")
         return [copy.deepcopy(self) for _ in range(copies)]
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: Any) -> None:
         """Write the cache to a safetensors file that `load` reads, say one with a system prompt in it.
+
+        Args:
+            path: of the file (str or Path), which is replaced if it exists.
 
         Raises:
             ValueError: if the cache is empty.
@@ -254,11 +257,11 @@ class KimiLinearCache(Cache):
         save_snapshot(path, self.snapshot())
 
     @classmethod
-    def load(cls, path: str | os.PathLike, model: nn.Module) -> "KimiLinearCache":
+    def load(cls, path: Any, model: nn.Module) -> "KimiLinearCache":
         """The cache in a file that `save` wrote, on the devices of `model`.
 
         Args:
-            path: the file.
+            path: of the file (str or Path).
             model: the model that shall continue from it, loaded from the checkpoint that the cache was made with.
 
         Raises:
@@ -272,7 +275,7 @@ class KimiLinearCache(Cache):
             for name, tensor in held.items():
                 if name != "state" and tensor.dtype != model.dtype:
                     raise ValueError(
-                        f"{os.fspath(path)} was made in {tensor.dtype} and the model is in {model.dtype}; load the "
+                        f"{path} was made in {tensor.dtype} and the model is in {model.dtype}; load the "
                         "model with the dtype it had then"
                     )
                 held[name] = tensor.to(weight.device)

@@ -7,9 +7,7 @@ of the model, a digest of its decay parameters, the number of tokens, and a dige
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,8 +82,8 @@ def digest_of_decays(parameters: list[torch.Tensor | None]) -> str:
     return digest.hexdigest()
 
 
-def save_snapshot(path: str | os.PathLike, snapshot: CacheSnapshot) -> None:
-    """Write a snapshot to a safetensors file; an existing file is replaced once the new one is complete."""
+def save_snapshot(path: Any, snapshot: CacheSnapshot) -> None:
+    """Write a snapshot to a safetensors file at `path`, the only file that our code ever writes by itself."""
     tensors = {
         f"layers.{i}.{name}": tensor.contiguous()
         for i, layer in enumerate(snapshot.layers)
@@ -101,15 +99,10 @@ def save_snapshot(path: str | os.PathLike, snapshot: CacheSnapshot) -> None:
         "seen_tokens": str(snapshot.seen_tokens),
         "tensors": _digest_of_tensors(tensors),
     }
-    unfinished = Path(f"{os.fspath(path)}.{os.getpid()}.unfinished")
-    try:
-        save_file(tensors, unfinished, metadata=metadata)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    save_file(tensors, path, metadata=metadata)
 
 
-def load_snapshot(path: str | os.PathLike, shape: dict[str, Any], sources: list[torch.Tensor | None]) -> CacheSnapshot:
+def load_snapshot(path: Any, shape: dict[str, Any], sources: list[torch.Tensor | None]) -> CacheSnapshot:
     """Read a snapshot that `save_snapshot` wrote, on the CPU.
 
     Args:
@@ -125,22 +118,20 @@ def load_snapshot(path: str | os.PathLike, shape: dict[str, Any], sources: list[
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(
-            f"{os.fspath(path)} is no safetensors file or a damaged one ({error}); save it again"
-        ) from error
+        raise ValueError(f"{path} is no safetensors file or a damaged one ({error}); save it again") from error
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{os.fspath(path)} holds no cache that KimiLinearCache.save wrote")
+        raise ValueError(f"{path} holds no cache that KimiLinearCache.save wrote")
     if metadata.get("version") != FORMAT_VERSION:
         raise ValueError(
-            f"{os.fspath(path)} has format version {metadata.get('version')!r} and this code reads {FORMAT_VERSION!r}; "
+            f"{path} has format version {metadata.get('version')!r} and this code reads {FORMAT_VERSION!r}; "
             "save the cache again"
         )
     if metadata.get("tensors") != _digest_of_tensors(tensors):
-        raise ValueError(f"{os.fspath(path)} is damaged: its tensors are not those that were saved; save it again")
-    check_same_shape(json.loads(metadata["model"]), shape, os.fspath(path))
+        raise ValueError(f"{path} is damaged: its tensors are not those that were saved; save it again")
+    check_same_shape(json.loads(metadata["model"]), shape, str(path))
     if metadata["decays"] != digest_of_decays(sources):
         raise ValueError(
-            f"{os.fspath(path)} was made by another model of the same shape: the decay rates (A_log) differ; "
+            f"{path} was made by another model of the same shape: the decay rates (A_log) differ; "
             "caches fit the checkpoint that made them only"
         )
     layers = [{} for _ in shape["layer_types"]]
@@ -150,8 +141,9 @@ def load_snapshot(path: str | os.PathLike, shape: dict[str, Any], sources: list[
     return CacheSnapshot(shape, int(metadata["seen_tokens"]), layers, sources)
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+def _bytes_of(tensor: torch.Tensor) -> Any:
+    """The memory of a tensor as a byte array."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
 def _digest_of_tensors(tensors: dict[str, torch.Tensor]) -> str:

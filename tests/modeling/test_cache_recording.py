@@ -1,5 +1,5 @@
-"""What a KDA layer records, on given inputs: room, replays and bytes are what is stated; states and windows have the same
-bits however calls were split and whatever was taken back in between, by random programs.
+"""What a KDA layer records, on given inputs: room, replays and bytes are what is stated, and states and windows have
+the same bits however calls were split and whatever was taken back in between, by random programs.
 """
 
 import pytest
