@@ -9,6 +9,7 @@ are reported. The last row is the time of single steps with and without recordin
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
@@ -125,6 +126,7 @@ def main() -> None:
         "date": datetime.now(timezone.utc).date().isoformat(),
         "command": " ".join(["python -m benchmarks.speculative", *sys.argv[1:]]),
         "device": f"{torch.get_num_threads()} CPU threads, {platform.machine()}",
+        "load_average": os.getloadavg()[0],  # of the minute before; other work on the machine blurs the figures
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "shape": {"checkpoint": "hub_card/small_checkpoint", "dtype": "float32", "new_tokens": arguments.tokens},
         "rows": rows,
