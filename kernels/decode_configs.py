@@ -90,9 +90,7 @@ def skinny_config(tokens: int, columns: int, rows: int, itemsize: int, gpu: str 
     return SkinnyConfig(BM, BN, BK, 4 if BM * BN >= 1024 else 2, _stages(gpu))
 
 
-def grouped_configs(
-    columns: int, hidden: int, itemsize: int, gpu: str = "sm_90"
-) -> tuple[SkinnyConfig, SkinnyConfig]:
+def grouped_configs(columns: int, hidden: int, itemsize: int, gpu: str = "sm_90") -> tuple[SkinnyConfig, SkinnyConfig]:
     """Routed experts of several tokens: up (rows of `columns`) and down (rows of `hidden`)."""
     BK, stages = 256 // itemsize, _stages(gpu)
     up, down = min(BK, padded(columns)), min(BK, padded(hidden))

@@ -1,8 +1,8 @@
 """
 Decode step: the experts of one token, routed and shared, two launches.
 
-    h_s   = silu(G_s x̂) (U_s x̂)             [G_s; U_s] = gate_up_proj[e], e the expert of choice s         [TOPK + NS, I]
-    y    += sum_s w_s D_s h_s                D_s = down_proj[e]                                            [H]
+    h_s   = silu(G_s x̂) (U_s x̂)        [G_s; U_s] = gate_up_proj[e], e the expert of choice s     [TOPK + NS, I]
+    y    += sum_s w_s D_s h_s           D_s = down_proj[e]                                        [H]
 
 x̂ is the RMSNorm of x. The shared expert stands behind the routed ones as NS choices of weight one, each I of its hidden
 channels. The first launch chooses the experts itself (every program anew: eight maxima over the router's logits cost

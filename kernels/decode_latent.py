@@ -10,10 +10,11 @@ b at position t, head h, with W_k, W_v the key and value parts of kv_b_proj:
 Every head reads the same rows once; nothing is expanded. Lengths and addresses are in device memory, so that one
 captured graph serves every cache and every length:
 
-    table [4] int64: address of the rows, elements between its batch rows, address of the mask or 0, bytes between its rows
+    table [4] int64: address of the rows, elements from one sequence's to the next's, and of the mask or 0, bytes
     past [1] int64:  positions cached before this step
 
-The mask is bool [B, >= past + T]; token n is number n % T of its batch row n // T and sees positions up to past + n % T.
+The mask is bool [B, >= past + T]. Token n is number n % T of its sequence n // T and sees positions up to
+past + n % T.
 """
 
 import torch

@@ -1,10 +1,10 @@
 """
 Decode step: the projections of a layer that share an input, as one launch over all their weights.
 
-    y = [W_0; W_1; ...] x̂        x̂ = x                                            plain
-                                 x̂ = weight x / sqrt(mean(x^2) + eps)             with a norm's weight
-                                 x̂ = silu(x[:K]) x[K:]                            gated (behind a gate and an up projection)
-    y += residual                                                                 where given; y may be the residual itself
+    y = [W_0; W_1; ...] x̂        x̂ = x                                      plain
+                                 x̂ = weight x / sqrt(mean(x^2) + eps)       with a norm's weight
+                                 x̂ = silu(x[:K]) x[K:]                      gated, behind gate and up projections
+    y += residual                                                           where given; y may be the residual
 
 The norm's factor 1 / sqrt(.) is applied to the sums, so that one pass over x serves both. Sums are fp32 and rounded
 once, to y's dtype. Each weight [M_s, K] is read once and in place: nothing is packed or copied. With `x_columns` each

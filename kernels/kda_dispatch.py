@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from .kda_torch import chunk_kda_torch, recurrent_kda_torch
-from .kda_triton import MAX_HEAD_DIM, chunk_kda, is_available, is_first_choice, serves
+from .kda_torch_step import kda_step_torch
+from .kda_triton import MAX_HEAD_DIM, chunk_kda, is_available, is_first_choice, kda_step, serves
 
 # About where the chunked form begins to beat stepping token by token on a CPU.
 _CHUNKED_FROM = 16
@@ -113,6 +114,56 @@ def kda(
     )
 
 
+def step_kda(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    f: torch.Tensor,
+    beta: torch.Tensor,
+    gate: torch.Tensor | None,
+    *,
+    conv_weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    window: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_eps: float,
+    state: torch.Tensor,
+    lengths: torch.Tensor | None,
+    backend: str,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """A few tokens from cached state, one after the other: convolutions, gate, recurrence and gated norm.
+
+    The bits of the state behind a token do not depend on the tokens that follow, nor on how calls were split.
+
+    Args:
+        q, k, v, f, beta, gate, conv_weights, window, A_log, dt_bias, norm_weight, norm_eps, state, lengths: as
+            `kda_step_torch` takes them.
+        backend: see `resolve_kda_backend`; where that says "fla", whose kernels don't promise this, PyTorch serves.
+
+    Returns:
+        y [B, T, H, V] (of no use without `gate`), the window and the state: with Triton the tensors that were given,
+        updated in place, with PyTorch new ones.
+    """
+    leaves = (q, k, v, f, beta, *conv_weights, window, A_log, dt_bias, norm_weight, state)
+    leaves = leaves if gate is None else (*leaves, gate)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
+    chosen = resolve_kda_backend(backend, q, max(state.shape[-2:]), needs_grad)
+    shared = {"A_log": A_log, "dt_bias": dt_bias, "norm_weight": norm_weight, "norm_eps": norm_eps, "lengths": lengths}
+    if chosen != "triton":
+        return kda_step_torch(q, k, v, f, beta, gate, conv_weights=conv_weights, window=window, state=state, **shared)
+    # The kernel wants each of the three windows dense, which the thirds of one tensor are for a single row only.
+    thirds = window.chunk(3, dim=1)
+    windows = tuple(third.contiguous() for third in thirds)
+    y = kda_step(
+        q, k, v, f, beta, v if gate is None else gate, conv_weights=conv_weights, windows=windows, state=state, **shared
+    )
+    for third, updated in zip(thirds, windows):
+        if not third.is_contiguous():
+            third.copy_(updated)
+    return y, window, state
+
+
 def _fla_kda(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -147,4 +198,4 @@ def _fla_kda(
     )
 
 
-__all__ = ["kda", "resolve_kda_backend"]
+__all__ = ["kda", "resolve_kda_backend", "step_kda"]

@@ -17,8 +17,10 @@ behind lengths[b] are 0.
 
 One program per row and head keeps the head's state in registers: the windows and the norm over V need the whole head.
 
-The decode path's captured graph gives a table [2] int64 in device memory in place of state and windows: the addresses
-of a cache's state and of its one window tensor [B, H (2 K + V), W-1], of q, k and v in this order.
+The decode path's captured graph gives a table [4] int64 in device memory in place of state and windows: the addresses
+of a cache's state, of its one window tensor [B, H (2 K + V), W-1] (q, k and v in this order), and of a recording
+[B, >= T, H (3 K + V) + H] that takes the raw inputs q, k, v, f, beta of each token, or 0; and the elements between
+the recording's sequences.
 """
 
 import torch
@@ -62,6 +64,12 @@ def kda_shift_window(p_x, p_window, n_t, stride_xt, m_d, W: tl.constexpr):
         tl.store(p_window + i, b_x.to(p_window.dtype.element_ty), mask=m_d)
 
 
+@triton.jit
+def kda_record(p_record, p_x, o_d, m_d):
+    """Copy a head's channels as they are."""
+    tl.store(p_record + o_d, tl.load(p_x, mask=m_d, other=0.0), mask=m_d)
+
+
 @triton.jit(do_not_specialize=["T"])
 def kda_step_fwd_kernel(
     q, k, v, f, beta, gate, o,
@@ -82,7 +90,9 @@ def kda_step_fwd_kernel(
     i_b, i_h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     o_k, o_v = tl.arange(0, BK), tl.arange(0, BV)
     m_k, m_v = o_k < K, o_v < V
+    record, record_stride = i_b * 0, i_b * 0
     if HAS_TABLE:
+        record, record_stride = tl.load(state + 2), tl.load(state + 3)
         window_q = tl.load(state + 1).to(tl.pointer_type(q.dtype.element_ty))
         window_k = window_q + H * K * (W - 1)
         window_v = window_k + H * K * (W - 1)
@@ -112,6 +122,16 @@ def kda_step_fwd_kernel(
     a_head = tl.exp(tl.load(A_log + i_h).to(tl.float32))
     b_bias = tl.load(dt_bias + o_dk, mask=m_k, other=0.0).to(tl.float32)
     b_norm = tl.load(norm_weight + o_v, mask=m_v, other=0.0).to(tl.float32)
+
+    if record != 0:
+        p_record = record.to(tl.pointer_type(q.dtype.element_ty)) + i_b * record_stride
+        for i_t in range(0, n_t):
+            kda_record(p_record, p_q + i_t * stride_qt, o_dk, m_k)
+            kda_record(p_record + H * K, p_k + i_t * stride_kt, o_dk, m_k)
+            kda_record(p_record + 2 * H * K, p_v + i_t * stride_vt, o_dv, m_v)
+            kda_record(p_record + H * (2 * K + V), f + i_t * stride_ft + o_dk, o_dk, m_k)
+            tl.store(p_record + H * (3 * K + V) + i_h, tl.load(beta + i_t * stride_bt))
+            p_record += H * (3 * K + V) + H
 
     for i_t in range(0, n_t):
         b_q = kda_conv(p_q, p_wq, weight_q + o_dk * W, i_t, stride_qt, m_k, W)

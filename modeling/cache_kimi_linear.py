@@ -3,6 +3,7 @@
 | layer | holds | bytes a sequence (released shape, bf16) |
 |---|---|---|
 | KDA | state [B, H, K, V] fp32; windows of the three short convolutions [B, 3 H K, W-1] | 2 MiB + 72 KiB |
+| KDA, while recording | what taking tokens back needs (`cache_recording`) | 10.2 MiB more |
 | MLA | latent rows [B, L, kv_lora_rank + qk_rope_head_dim] | 1,152 a token |
 
 `KimiLinearCache` speaks transformers' `Cache` protocol and is what `generate()` makes by default. KDA layers talk to it
@@ -10,302 +11,32 @@ and to transformers' own caches (`DynamicCache(config=...)`, `StaticCache`) thro
 file.
 """
 
+import copy
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
+from torch import nn
+from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 
-# Latent rows are allocated in blocks of at least this many tokens, and at least an eighth of what is there, so that
-# appending one token at a time copies each row a bounded number of times.
-_BLOCK = 256
-
-
-def _tokens_to_remove(argument: int, length: int) -> int:
-    """Tokens that `crop(argument)` drops of `length`: negative counts them, positive is the length to keep."""
-    return min(-argument, length) if argument <= 0 else max(length - argument, 0)
-
-
-class KDACacheLayer(LinearAttentionCacheLayerMixin):
-    """State of one KDA layer after the tokens seen so far; its size does not depend on how many there were.
-
-    Attributes:
-        state: [B, H, K, V] fp32, or None before the first token.
-        window: [B, 3 * H * K, W - 1], the last inputs of the q, k and v convolutions, oldest first, or None.
-        seen_tokens: positions appended, padding included; equals the MLA layers' length.
-    """
-
-    is_compileable = False
-    is_croppable = False
-    record_past = False
-    number_of_states = 1
-
-    def __init__(self) -> None:
-        self.state: torch.Tensor | None = None
-        self.window: torch.Tensor | None = None
-        self.seen_tokens = 0
-        self.device: torch.device | None = None
-
-    # transformers addresses the tensors of a linear-attention layer by these names, with a state index of 0.
-    @property
-    def conv_states(self) -> dict[int, torch.Tensor | None]:
-        """`{0: window}`."""
-        return {0: self.window}
-
-    @property
-    def recurrent_states(self) -> dict[int, torch.Tensor | None]:
-        """`{0: state}`."""
-        return {0: self.state}
-
-    @property
-    def has_previous_state(self) -> dict[int, bool]:
-        """`{0: whether any token was seen}`."""
-        return {0: self.state is not None}
-
-    @property
-    def is_conv_states_initialized(self) -> dict[int, bool]:
-        """`{0: whether the window is allocated}`."""
-        return {0: self.window is not None}
-
-    @property
-    def is_recurrent_states_initialized(self) -> dict[int, bool]:
-        """`{0: whether the state is allocated}`."""
-        return {0: self.state is not None}
-
-    def lazy_initialization(
-        self, conv_states: torch.Tensor | None = None, recurrent_states: torch.Tensor | None = None, **_: Any
-    ) -> None:
-        """Adopt tensors as the window and the state (transformers' name for it)."""
-        self.window = conv_states if conv_states is not None else self.window
-        self.state = recurrent_states if recurrent_states is not None else self.state
-        held = self.state if self.state is not None else self.window
-        self.device = held.device if held is not None else None
-
-    def update_conv_state(self, conv_states: torch.Tensor, **_: Any) -> torch.Tensor:
-        """Replace the convolution windows, [B, 3 * H * K, W - 1]."""
-        self.lazy_initialization(conv_states=conv_states)
-        return conv_states
-
-    def update_recurrent_state(self, recurrent_states: torch.Tensor, **_: Any) -> torch.Tensor:
-        """Replace the state, [B, H, K, V]."""
-        self.lazy_initialization(recurrent_states=recurrent_states)
-        return recurrent_states
-
-    def advance(self, tokens: int) -> None:
-        """Count `tokens` more positions, which a kernel has taken into `state` and `window` in place."""
-        self.seen_tokens += tokens
-
-    def get_seq_length(self) -> int:
-        """Positions appended so far."""
-        return self.seen_tokens
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(kv_length, kv_offset) of a mask over all positions."""
-        return self.seen_tokens + query_length, 0
-
-    def get_max_length(self) -> int:
-        """-1: no maximum."""
-        return -1
-
-    get_max_cache_shape = get_max_length
-
-    def _apply(self, function) -> None:
-        if self.state is not None:
-            self.state, self.window = function(self.state), function(self.window)
-
-    def reset(self) -> None:
-        """Forget every token."""
-        self.state = self.window = None
-        self.seen_tokens = 0
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Keep rows `beam_idx` of the batch, in that order."""
-        self._apply(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row `repeats` times."""
-        self._apply(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep only the rows `indices`."""
-        self._apply(lambda tensor: tensor[indices.to(tensor.device)])
-
-    def offload(self) -> None:
-        """Move the tensors to the CPU; `prefetch` brings them back."""
-        self._apply(lambda tensor: tensor.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        """Move the tensors back to the layer's device."""
-        if self.state is not None and self.state.device != self.device:
-            self._apply(lambda tensor: tensor.to(self.device, non_blocking=True))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refuse to remove tokens: a recurrent state has swallowed them.
-
-        Raises:
-            ValueError: unless nothing is to be removed.
-        """
-        if _tokens_to_remove(tokens_to_remove, self.seen_tokens):
-            raise ValueError(
-                f"crop({tokens_to_remove}): the state of a KDA layer cannot give back tokens it has seen; "
-                "keep a copy of the cache from before them (copy.deepcopy) and continue from that"
-            )
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return 0 if self.state is None else self.state.nbytes + self.window.nbytes
-
-
-class LatentCacheLayer(CacheLayerMixin):
-    """Latent rows of one MLA layer, in one tensor [B, capacity, kv_lora_rank + qk_rope_head_dim].
-
-    A row is the normalised latent followed by the shared key; keys and values are never stored expanded.
-    """
-
-    is_compileable = False
-    is_sliding = False
-
-    def __init__(self) -> None:
-        self._rows: torch.Tensor | None = None
-        self._latent_dim = 0
-        self._length = 0
-        self.device: torch.device | None = None
-        self.dtype: torch.dtype | None = None
-
-    @property
-    def is_initialized(self) -> bool:
-        """Whether rows are allocated."""
-        return self._rows is not None
-
-    @property
-    def is_croppable(self) -> bool:
-        """Rows can be dropped exactly."""
-        return True
-
-    @property
-    def rows(self) -> torch.Tensor | None:
-        """[B, L, kv_lora_rank + qk_rope_head_dim], a view of the rows in use."""
-        return None if self._rows is None else self._rows[:, : self._length]
-
-    @property
-    def keys(self) -> torch.Tensor | None:
-        """[B, 1, L, kv_lora_rank], the latents (transformers' name for the first cached tensor)."""
-        return None if self._rows is None else self.rows[:, None, :, : self._latent_dim]
-
-    @property
-    def values(self) -> torch.Tensor | None:
-        """[B, 1, L, qk_rope_head_dim], the shared keys (transformers' name for the second cached tensor)."""
-        return None if self._rows is None else self.rows[:, None, :, self._latent_dim :]
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Take batch size, widths, dtype and device from the first rows."""
-        width = key_states.shape[-1] + value_states.shape[-1]
-        self._latent_dim, self._length = key_states.shape[-1], 0
-        self._rows = key_states.new_empty(key_states.shape[0], 0, width)
-        self.dtype, self.device = key_states.dtype, key_states.device
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append latents [B, 1, T, kv_lora_rank] and shared keys [B, 1, T, qk_rope_head_dim]; return all of both."""
-        if self._rows is None:
-            self.lazy_initialization(key_states, value_states)
-        new_rows = torch.cat([key_states, value_states], dim=-1).squeeze(1)
-        end = self._length + new_rows.shape[1]
-        if torch.is_grad_enabled() and (new_rows.requires_grad or self._rows.requires_grad):
-            # Autograd may still need the old rows as they are, so nothing is written in place.
-            self._rows = torch.cat([self.rows, new_rows], dim=1)
-        else:
-            if end > self._rows.shape[1]:
-                self._grow(end)
-            self._rows[:, self._length : end] = new_rows
-        self._length = end
-        return self.keys, self.values
-
-    @property
-    def storage(self) -> torch.Tensor | None:
-        """[B, capacity, kv_lora_rank + qk_rope_head_dim], all rows that are allocated."""
-        return self._rows
-
-    def reserve(self, length: int) -> None:
-        """Make room for `length` rows in all; moves the storage if it has to grow."""
-        if length > self._rows.shape[1]:
-            self._grow(length)
-
-    def advance(self, tokens: int) -> None:
-        """Count `tokens` more rows, which a kernel has written to `storage`."""
-        self._length += tokens
-
-    def _grow(self, needed: int) -> None:
-        capacity = max(needed, self._length + max(_BLOCK, self._length // 8))
-        grown = self._rows.new_empty(self._rows.shape[0], -(-capacity // _BLOCK) * _BLOCK, self._rows.shape[2])
-        grown[:, : self._length] = self.rows
-        self._rows = grown
-
-    def get_seq_length(self) -> int:
-        """Rows in use."""
-        return self._length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(kv_length, kv_offset) after `query_length` more rows."""
-        return self._length + query_length, 0
-
-    def get_max_length(self) -> int:
-        """-1: the layer grows."""
-        return -1
-
-    get_max_cache_shape = get_max_length
-
-    def reset(self) -> None:
-        """Forget every row."""
-        self._rows, self._length = None, 0
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Keep rows `beam_idx` of the batch, in that order."""
-        if self._rows is not None:
-            self._rows = self._rows.index_select(0, beam_idx.to(self._rows.device))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row of the batch `repeats` times."""
-        if self._rows is not None:
-            self._rows = self._rows.repeat_interleave(repeats, dim=0)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep only the rows `indices` of the batch."""
-        if self._rows is not None:
-            self._rows = self._rows[indices.to(self._rows.device)]
-
-    def offload(self) -> None:
-        """Move the rows to the CPU; `prefetch` brings them back."""
-        if self._rows is not None:
-            self._rows = self._rows.to("cpu", non_blocking=True)
-
-    def prefetch(self) -> None:
-        """Move the rows back to the layer's device."""
-        if self._rows is not None and self._rows.device != self.device:
-            self._rows = self._rows.to(self.device, non_blocking=True)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last `-tokens_to_remove` rows; a positive number is the length to keep, as in older transformers."""
-        self._length -= _tokens_to_remove(tokens_to_remove, self._length)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the rows in use."""
-        return 0 if self._rows is None else self.rows.numel() * self._rows.element_size()
-
-    @property
-    def allocated_nbytes(self) -> int:
-        """Bytes allocated, spare capacity included."""
-        return 0 if self._rows is None else self._rows.nbytes
+from .cache_kda_layer import KDACacheLayer, tokens_to_crop
+from .cache_latent_layer import LatentCacheLayer
+from .cache_recording import RECORDED_TOKENS
+from .cache_snapshots import (
+    CacheSnapshot,
+    attention_layers,
+    check_same_shape,
+    load_snapshot,
+    model_shape,
+    save_snapshot,
+)
 
 
 class KimiLinearCache(Cache):
     """Cache of a Kimi Linear model, one layer object per decoder layer (module docstring has the sizes).
 
     Args:
-        config: a Kimi Linear config; only `layer_types` is read.
+        config: a Kimi Linear config.
 
     Example:
         >>> cache = KimiLinearCache(model.config)
@@ -314,22 +45,32 @@ class KimiLinearCache(Cache):
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        layer_types = config.get_text_config(decoder=True).layer_types
-        super().__init__(
-            layers=[KDACacheLayer() if kind == "linear_attention" else LatentCacheLayer() for kind in layer_types]
-        )
+        self.model_shape = model_shape(config)
+        is_kda = [kind == "linear_attention" for kind in self.model_shape["layer_types"]]
+        super().__init__(layers=[KDACacheLayer() if kda else LatentCacheLayer() for kda in is_kda])
+        # Set between `generate` and its first call, see speculative_decoding.expect_whole_prompt.
+        self.awaits_whole_prompt = False
 
     def __repr__(self) -> str:
-        kda = sum(isinstance(layer, KDACacheLayer) for layer in self.layers)
+        kda = len(self._kda_layers)
         return (
             f"KimiLinearCache({kda} KDA + {len(self.layers) - kda} MLA layers, {self.get_seq_length()} tokens, "
             f"{self.nbytes / 2**20:.1f} MiB)"
         )
 
     @property
+    def _kda_layers(self) -> list[KDACacheLayer]:
+        return [layer for layer in self.layers if isinstance(layer, KDACacheLayer)]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of states, windows and latent rows in use, all layers and batch rows together."""
         return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def recording_nbytes(self) -> int:
+        """Bytes that recording takes, all layers and batch rows together."""
+        return sum(layer.recording_nbytes for layer in self._kda_layers)
 
     @property
     def batch_size(self) -> int:
@@ -359,23 +100,232 @@ class KimiLinearCache(Cache):
             )
         return kda[-1].state is not None
 
+    # Taking tokens back
+
+    def activate_past_recording(self, max_tokens: int = RECORDED_TOKENS) -> None:
+        """From now on record what `crop` needs; `generate` calls it by itself for speculative decoding.
+
+        The tokens of the last call can always be taken back (of a prompt, the last `max_tokens` / 2; a call of more
+        than 256 tokens counts as one). As long as calls bring no more than 16 tokens, so can the last `max_tokens` / 4
+        of all (given 128 or more).
+
+        Args:
+            max_tokens: room of the recording, whose bytes grow with it (`recording_nbytes`).
+        """
+        if max_tokens < 2:
+            raise ValueError(f"max_tokens must be at least 2, got {max_tokens}")
+        for layer in self._kda_layers:
+            layer.activate_past_recording(max_tokens)
+
+    def deactivate_past_recording(self) -> None:
+        """Stop recording and free its memory; tokens can't be taken back any more."""
+        for layer in self._kda_layers:
+            layer.deactivate_past_recording()
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether KDA layers record what `crop` needs."""
+        return any(layer.record_past for layer in self._kda_layers)
+
+    def prepare_recording(self, new_tokens: int) -> None:
+        """Before a captured graph steps through `new_tokens` positions (see `KDACacheLayer.advance`)."""
+        for layer in self._kda_layers:
+            layer.prepare_recording(new_tokens)
+
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` tokens; a positive number is the length to keep.
+        """Take back the last `-tokens_to_remove` tokens, as if they had never been seen.
+
+        KDA states and windows become, bit for bit, what they are after the same inputs of the kept tokens alone, in
+        whichever calls those came. (Inputs of a layer are outputs of matrix products: there the bits of one row may
+        depend on how many rows the call had.)
+
+        Args:
+            tokens_to_remove: minus how many; a positive number is the length to keep, as in older transformers; 0 is
+                what the installed transformers means by it.
 
         Raises:
-            ValueError: if KDA layers have seen tokens; nothing is changed then.
+            ValueError: if KDA layers have seen more tokens than that and didn't record them; nothing is changed then.
         """
+        tokens = tokens_to_crop(tokens_to_remove, self.get_seq_length())
+        for layer in self._kda_layers:
+            layer.check_crop(tokens)
+        for layer in self.layers:
+            layer.roll_back(tokens)
+
+    def crop_rows(self, tokens_to_remove: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Take back another number of tokens from every row of the batch, as speculative decoding of a batch needs.
+
+        What all rows take back is dropped. What a row takes back beyond that stays behind as a hole: its KDA states
+        have never seen it, its latent rows are masked out. (No layer knows positions, so holes change nothing.)
+
+        Args:
+            tokens_to_remove: [B] integers, how many of the last positions each row takes back, holes included.
+            attention_mask: [B, L] of the positions that the cache holds now, zero at padding and earlier holes; None
+                for all ones.
+
+        Returns:
+            [B, L - min(tokens_to_remove)], the mask of what the cache holds from now on. The caller must append ones
+            for new tokens and give it to the model in every later call.
+
+        Raises:
+            ValueError: for counts or a mask that don't fit, or more tokens than were recorded; nothing is changed then.
+        """
+        batch_size, length = self.batch_size, self.get_seq_length()
+        if tuple(tokens_to_remove.shape) != (batch_size,) or tokens_to_remove.is_floating_point():
+            raise ValueError(
+                f"tokens_to_remove must be {batch_size} integers, one per row, got {tokens_to_remove.dtype} "
+                f"{list(tokens_to_remove.shape)}"
+            )
+        if attention_mask is not None and tuple(attention_mask.shape) != (batch_size, length):
+            raise ValueError(
+                f"attention_mask must be {[batch_size, length]}, the positions that the cache holds, got "
+                f"{list(attention_mask.shape)}"
+            )
+        counts = tokens_to_remove.cpu()
+        fewest, most = int(counts.min()), int(counts.max())
+        if fewest < 0 or most > length:
+            raise ValueError(f"tokens_to_remove must be from 0 to {length}, got {counts.tolist()}")
+        for layer in self._kda_layers:
+            layer.check_crop(most)
         for layer in self.layers:
             if isinstance(layer, KDACacheLayer):
-                layer.crop(tokens_to_remove)
+                layer.roll_back(fewest, counts if most > fewest else None)
+            else:
+                layer.roll_back(fewest)
+        if attention_mask is None:
+            attention_mask = torch.ones(batch_size, length, dtype=torch.int64, device=tokens_to_remove.device)
+        columns = torch.arange(length - fewest, device=attention_mask.device)
+        ends = (length - counts).to(attention_mask.device)[:, None]
+        return attention_mask[:, : length - fewest] * (columns < ends)
+
+    # Copies
+
+    def snapshot(self) -> CacheSnapshot:
+        """A copy of what the cache holds, for `restore`; not of what was recorded."""
+        layers, sources = [], []
         for layer in self.layers:
-            if isinstance(layer, LatentCacheLayer):
-                layer.crop(tokens_to_remove)
+            if isinstance(layer, KDACacheLayer):
+                held = {"window": layer.window, "state": layer.state}
+                sources.append(None if layer.weights is None else layer.weights.A_log)
+            else:
+                held = {"rows": layer.rows}
+                sources.append(None)
+            layers.append({name: x.detach().clone() for name, x in held.items() if x is not None})
+        return CacheSnapshot(self.model_shape, self.get_seq_length(), layers, sources)
+
+    def restore(self, snapshot: CacheSnapshot) -> None:
+        """Go back to a snapshot of this cache or of another one of the same model, any number of times.
+
+        Tensors keep their addresses where the batch size is the same. Recorded tokens are forgotten.
+
+        Raises:
+            ValueError: if the snapshot was made by another model; nothing is changed then.
+        """
+        if not isinstance(snapshot, CacheSnapshot):
+            raise ValueError(f"restore takes what snapshot() returned, got {type(snapshot).__name__}")
+        check_same_shape(snapshot.shape, self.model_shape, "the snapshot")
+        for i, source in enumerate(snapshot.sources):
+            weights = getattr(self.layers[i], "weights", None)
+            if source is not None and weights is not None and source is not weights.A_log:
+                raise ValueError(
+                    f"the snapshot was made by another model: layer {i} was filled by other weights than this cache's"
+                )
+        for layer, held in zip(self.layers, snapshot.layers, strict=True):
+            if isinstance(layer, KDACacheLayer):
+                layer.restore(held.get("window"), held.get("state"), snapshot.seen_tokens)
+            else:
+                layer.restore(held.get("rows"), self.model_shape["kv_lora_rank"])
+
+    def fork(self, copies: int) -> list["KimiLinearCache"]:
+        """`copies` caches that go on from here independently, recordings included; this one is left as it is.
+
+        (For the same continuation of several rows in one batch there is `batch_repeat_interleave`.)
+        """
+        if copies < 1:
+            raise ValueError(f"fork needs at least one copy, got {copies}")
+        return [copy.deepcopy(self) for _ in range(copies)]
+
+    def save(self, path: Any) -> None:
+        """Write the cache to a safetensors file that `load` reads, say one with a system prompt in it.
+
+        Args:
+            path: of the file (str or Path), which is replaced if it exists.
+
+        Raises:
+            ValueError: if the cache is empty.
+        """
+        save_snapshot(path, self.snapshot())
+
+    @classmethod
+    def load(cls, path: Any, model: nn.Module) -> "KimiLinearCache":
+        """The cache in a file that `save` wrote, on the devices of `model`.
+
+        Args:
+            path: of the file (str or Path).
+            model: the model that shall continue from it, loaded from the checkpoint that the cache was made with.
+
+        Raises:
+            ValueError: if the file is damaged, of another version, or was made by another model or in another dtype.
+        """
+        cache, modules = cls(model.config), attention_layers(model)
+        sources = [getattr(modules.get(i), "A_log", None) for i in range(len(cache.layers))]
+        snapshot = load_snapshot(path, cache.model_shape, sources)
+        for i, held in enumerate(snapshot.layers):
+            weight = modules[i].o_proj.weight
+            for name, tensor in held.items():
+                if name != "state" and tensor.dtype != model.dtype:
+                    raise ValueError(
+                        f"{path} was made in {tensor.dtype} and the model is in {model.dtype}; load the "
+                        "model with the dtype it had then"
+                    )
+                held[name] = tensor.to(weight.device)
+        cache.restore(snapshot)
+        return cache
+
+    # Rows of the batch
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Keep rows `beam_idx` of the batch, in that order.
+
+        Raises:
+            ValueError: if a row doesn't exist; nothing is changed then. On a GPU this reads the values back.
+        """
+        self._check_rows(beam_idx)
+        super().reorder_cache(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only the rows `indices`, numbers or a mask.
+
+        Raises:
+            ValueError: if a row doesn't exist; nothing is changed then. On a GPU this reads the values back.
+        """
+        self._check_rows(indices)
+        super().batch_select_indices(indices)
+
+    def _check_rows(self, indices: torch.Tensor) -> None:
+        batch_size = self.batch_size
+        if batch_size < 0 or indices.numel() == 0:
+            return
+        if indices.dtype == torch.bool:
+            if indices.shape[0] != batch_size:
+                raise ValueError(f"a mask over the {batch_size} rows of the cache must be as long, got {len(indices)}")
+            return
+        lowest, highest = (int(x) for x in torch.aminmax(indices))
+        if lowest < 0 or highest >= batch_size:
+            raise ValueError(
+                f"row {lowest if lowest < 0 else highest} was asked for, and the cache holds rows 0 to {batch_size - 1}"
+            )
 
     def reset(self) -> None:
         """Forget every token of every layer."""
         for layer in self.layers:
             layer.reset()
+
+
+def own_kda_layer(cache: Cache | None, layer_idx: int) -> KDACacheLayer | None:
+    """The KDA layer of a `KimiLinearCache`, or None for no cache or one of transformers' own."""
+    layer = None if cache is None else cache.layers[layer_idx]
+    return layer if isinstance(layer, KDACacheLayer) else None
 
 
 def read_kda_states(cache: Cache, layer_idx: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -395,8 +345,7 @@ def write_kda_states(cache: Cache, layer_idx: int, window: torch.Tensor, state: 
     """Store what a KDA layer leaves behind after `new_tokens` more positions."""
     layer = cache.layers[layer_idx]
     if isinstance(layer, KDACacheLayer):
-        layer.lazy_initialization(conv_states=window, recurrent_states=state)
-        layer.seen_tokens += new_tokens
+        layer.store(window, state, new_tokens)
         return
     # A full window replaces the one that is held; both updates write in place, which keeps addresses for CUDA graphs.
     cache.update_conv_state(window, layer_idx)
@@ -404,4 +353,11 @@ def write_kda_states(cache: Cache, layer_idx: int, window: torch.Tensor, state: 
     cache.update_recurrent_state(state, layer_idx)
 
 
-__all__ = ["KDACacheLayer", "KimiLinearCache", "LatentCacheLayer", "read_kda_states", "write_kda_states"]
+__all__ = [
+    "KDACacheLayer",
+    "KimiLinearCache",
+    "LatentCacheLayer",
+    "own_kda_layer",
+    "read_kda_states",
+    "write_kda_states",
+]

@@ -44,8 +44,8 @@ class DecodePath:
     def reason(self, model: Any) -> str | None:
         """Why `model` decodes layer by layer, or None if it decodes by captured steps.
 
-        The answer, like the steps, is kept until parameters or modules move or are replaced; hooks, training mode and the backend
-        are looked at anew each time.
+        The answer, like the steps, is kept until parameters or modules move or are replaced; hooks, training mode and
+        the backend are looked at anew each time.
         """
         changing = _changing_reason(model)
         if changing is not None:
@@ -109,8 +109,9 @@ def _lasting_reason(model: Any) -> str | None:
         return f"KDA heads of {config.linear_head_dim} are wider than {MAX_HEAD_DIM}"
     if config.num_expert_group != config.topk_group:
         return "experts are chosen by group"
+    known = (*_LEAVES, type(model.model.layers[0]))
     for name, module in model.named_modules():
-        if name.startswith(("model.layers.", "lm_head")) and type(module) not in (*_LEAVES, type(model.model.layers[0])):
+        if name.startswith(("model.layers.", "lm_head")) and type(module) not in known:
             return f"{name} is a {type(module).__name__} (an adapter or quantised storage)"
     for name, x in model.named_parameters():
         plain = type(x) is nn.Parameter and x.is_contiguous() and x.device == device

@@ -189,7 +189,7 @@ class DecodeStep:
         entries: list[int] = []
         for layer in cache.layers:
             if isinstance(layer, KDACacheLayer):
-                entries += (layer.state.data_ptr(), layer.window.data_ptr(), 0, 0)
+                entries += (layer.state.data_ptr(), layer.window.data_ptr(), *self._recording_entry(layer))
             else:
                 layer.reserve(past + self.tokens)
                 rows = layer.storage
@@ -211,6 +211,15 @@ class DecodeStep:
         self._was_conditional = active is not None
         self.input_ids.copy_(input_ids.reshape(-1))
 
+    def _recording_entry(self, layer: KDACacheLayer) -> tuple[int, int]:
+        """(address of the first new token in the layer's recording or 0, elements between its sequences)."""
+        if not layer.record_past:
+            return 0, 0
+        layer.prepare_recording(self.tokens)
+        recording, heads, K = layer.recording, self.config.linear_num_heads, self.config.linear_head_dim
+        recording.allocate(layer.window, self.batch, heads * (4 * K + 1))
+        return recording.inputs[:, recording.length].data_ptr(), recording.inputs.stride(0)
+
     def run(self) -> torch.Tensor:
         """Logits [batch, tokens, vocab_size] behind `prepare`; they are overwritten by the next run."""
         self._past_on_device = -1  # until `commit`: an interruption leaves it unknown
@@ -224,7 +233,10 @@ class DecodeStep:
     def commit(self, cache: KimiLinearCache) -> None:
         """Let `cache` count the tokens of the last `run`."""
         for layer in cache.layers:
-            layer.advance(self.tokens)
+            if isinstance(layer, KDACacheLayer):
+                layer.advance(self.tokens, recorded=layer.record_past)
+            else:
+                layer.advance(self.tokens)
         self._past_on_device = cache.get_seq_length()
 
     @property
@@ -335,9 +347,7 @@ class DecodeStep:
                 x, norm.weight, norm.variance_epsilon, self.router, bias, gate_up, tuple(projections) or None,
                 self.h, chosen, weights, experts_config(x.shape[1]), **rule,
             )  # fmt: skip
-            decode_expert_down(
-                self.h, chosen, weights, down, shared_down, x, down_config(down.shape[2]), pdl=self._pdl
-            )
+            decode_expert_down(self.h, chosen, weights, down, shared_down, x, down_config(down.shape[2]), pdl=self._pdl)
             return
         self._linear(x, [router.weight, *projections], self.router, norm)
         decode_route(self.router[:, :E], bias, chosen, weights, **rule)

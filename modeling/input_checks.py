@@ -76,7 +76,7 @@ def check_cache(cache: Any, config: KimiLinearConfig, batch_size: int) -> None:
             f"past_key_values must be a Cache (KimiLinearCache, or transformers' DynamicCache/StaticCache made with "
             f"config=model.config), got {type(cache).__name__}"
         )
-    expected = config.layer_types
+    expected = config.layer_types[: config.num_hidden_layers]  # fewer while a draft exits early
     if len(cache.layers) != config.num_hidden_layers:
         raise ValueError(
             f"past_key_values has {len(cache.layers)} layers and the model {config.num_hidden_layers}; make it with "

@@ -5,11 +5,16 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from ..configuration.configuration_kimi_linear import KimiLinearConfig
-from ..kernels.kda_dispatch import kda
+from ..kernels.kda_dispatch import kda, resolve_kda_backend
 from ..kernels.short_convolution import causal_short_conv
-from .cache_kimi_linear import read_kda_states, write_kda_states
+from .cache_kda_layer import KDACacheLayer
+from .cache_kimi_linear import own_kda_layer, read_kda_states, write_kda_states
+from .cache_recording import KDAStepWeights, RawInputs
 from .norms_kimi_linear import KimiRMSNormGated
 from .sequence_layout import PaddingLayout
+
+# Up to this many new tokens over a cache are stepped through one by one; the chunked form begins to win about here.
+_STEPPED_TOKENS = 16
 
 
 class ShortConvolution(nn.Module):
@@ -78,9 +83,107 @@ class KimiDeltaAttention(nn.Module):
         Returns:
             [B, T, hidden_size]; zeros at padding.
         """
-        shape = hidden_states.shape
         if padding is not None:
             padding = padding.to(hidden_states.device)
+        layer = own_kda_layer(past_key_values, self.layer_idx)
+        if layer is None or cu_seqlens is not None or torch.compiler.is_compiling():
+            return self._forward_prompt(hidden_states, past_key_values, padding, cu_seqlens)
+        layer.weights = self._step_weights()
+        if layer.recording is not None:
+            return self._forward_recorded(hidden_states, past_key_values, padding)
+        if self._prefers_steps(hidden_states, layer):
+            return self._forward_steps(hidden_states, past_key_values, padding)
+        return self._forward_prompt(hidden_states, past_key_values, padding)
+
+    def _prefers_steps(self, hidden_states: torch.Tensor, layer: KDACacheLayer) -> bool:
+        is_short = layer.state is not None and hidden_states.shape[1] <= _STEPPED_TOKENS
+        if not is_short or not self._weights_can_be_read(hidden_states):
+            return False
+        return resolve_kda_backend(self.backend, hidden_states, self.head_dim, needs_grad=False) != "fla"
+
+    def _forward_recorded(
+        self, hidden_states: torch.Tensor, past_key_values: Cache, padding: PaddingLayout | None
+    ) -> torch.Tensor:
+        """Recorded tokens are stepped through; what a long prompt has in front of them goes the way of prompts."""
+        if not self._weights_can_be_read(hidden_states):
+            raise ValueError(
+                f"layer {self.layer_idx} can't record its past: its convolutions or its norm are offloaded, sharded or "
+                "hooked, so the kept tokens couldn't be stepped through again; keep these modules on the device as "
+                "they are, or call deactivate_past_recording() on the cache"
+            )
+        length = hidden_states.shape[1]
+        recorded = past_key_values.layers[self.layer_idx].recorded_of(length)
+        if recorded == length:
+            return self._forward_steps(hidden_states, past_key_values, padding)
+        parts = [length - recorded, recorded]
+        paddings = [None, None]
+        if padding is not None:
+            paddings = [PaddingLayout.from_mask(mask) for mask in padding.mask.split(parts, dim=1)]
+        front, back = hidden_states.split(parts, dim=1)
+        outputs = [
+            self._forward_prompt(front, past_key_values, paddings[0]),
+            self._forward_steps(back, past_key_values, paddings[1]),
+        ]
+        return torch.cat(outputs, dim=1)
+
+    def _weights_can_be_read(self, hidden_states: torch.Tensor) -> bool:
+        """Stepping reads weights by itself; what hangs on their modules (hooks, offloading, sharding) it would miss."""
+        modules = (self.q_conv1d, self.k_conv1d, self.v_conv1d, self.o_norm)
+        return all(
+            type(module.weight) is nn.Parameter
+            and module.weight.device == hidden_states.device
+            and not module._forward_hooks
+            and not module._forward_pre_hooks
+            for module in modules
+        )
+
+    def _step_weights(self) -> KDAStepWeights:
+        return KDAStepWeights(
+            conv_weights=(self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight),
+            A_log=self.A_log,
+            dt_bias=self.dt_bias,
+            norm_weight=self.o_norm.weight,
+            norm_eps=self.o_norm.variance_epsilon,
+            backend=self.backend,
+        )
+
+    def _forward_steps(
+        self, hidden_states: torch.Tensor, past_key_values: Cache, padding: PaddingLayout | None
+    ) -> torch.Tensor:
+        """Token by token over a `KimiLinearCache`, recording if asked to; one call from projections to gated norm."""
+        layer = past_key_values.layers[self.layer_idx]
+        inputs = self._raw_inputs(hidden_states)
+        gate = self.g_b_proj(self.g_a_proj(hidden_states))
+        window, state = layer.begin_step(
+            hidden_states.shape[1],
+            hidden_states.shape[0],
+            (3 * inputs[0].shape[-1], self.q_conv1d.weight.shape[-1] - 1),
+            (self.num_heads, self.head_dim, self.head_dim),
+            like=inputs[0],
+        )
+        taken, lengths = inputs, None
+        if padding is not None:
+            taken, gate, lengths = tuple(map(padding.compact, inputs)), padding.compact(gate), padding.lengths
+        y, window, state = layer.weights.step(taken, gate, window, state, lengths)
+        layer.store_step(inputs, None if padding is None else padding.mask, window, state)
+        output = self.o_proj(y.flatten(2))
+        return output if padding is None else padding.restore(output)
+
+    def _raw_inputs(self, hidden_states: torch.Tensor) -> RawInputs:
+        """(q, k, v, f, beta): projections in front of the convolutions, gate logits, write-strength logits."""
+        q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        return q, k, v, self.f_b_proj(self.f_a_proj(hidden_states)), self.b_proj(hidden_states)
+
+    def _forward_prompt(
+        self,
+        hidden_states: torch.Tensor,
+        past_key_values: Cache | None,
+        padding: PaddingLayout | None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Many tokens at once."""
+        shape = hidden_states.shape
+        if padding is not None:
             hidden_states = padding.compact(hidden_states)
         if cu_seqlens is not None:
             cu_seqlens = cu_seqlens.to(hidden_states.device)

@@ -9,7 +9,6 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
@@ -21,9 +20,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from ..configuration.configuration_kimi_linear import KimiLinearConfig
 from ..kernels.kda_checks import check_cu_seqlens
 from .cache_kimi_linear import KimiLinearCache
-from .decode_loop import can_sample_with_steps, sample_with_steps
-from .decode_path import DecodePath, serves, step_mask
-from .generation_caches import bound_unbounded_layers, check_cache_implementation, continuous_batching_error
+from .decode_path import DecodePath
+from .generation_kimi_linear import KimiGenerationMixin
 from .input_checks import (
     check_cache,
     check_embeddings,
@@ -110,7 +108,8 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _is_stateful = True
+    # True would make transformers refuse speculative decoding; our cache takes tokens back, and others are refused.
+    _is_stateful = False
     _can_record_outputs = {
         "router_logits": OutputRecorder(KimiTopkRouter, index=0),
         "hidden_states": KimiDecoderLayer,
@@ -317,7 +316,7 @@ def make_masks(
     return {"full_attention": full_attention, "linear_attention": padding_mask}
 
 
-class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
+class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiGenerationMixin):
     """The decoder with its language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -332,12 +331,6 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._decode = DecodePath()
         self.post_init()
-
-    @property
-    def decode_path(self) -> str:
-        """How this model decodes as it stands: by captured steps, or layer by layer and why."""
-        reason = self._decode.reason(self)
-        return "captured steps" if reason is None else f"layer by layer: {reason}"
 
     @can_return_tuple
     def forward(
@@ -389,71 +382,11 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits,
         )
 
-    def _step_logits(
-        self, input_ids: Any, attention_mask: Any, past_key_values: Any, kwargs: dict[str, Any]
-    ) -> torch.Tensor | None:
-        """Logits [B, T, vocab_size] by a captured step, or None where the layers are to be run one by one."""
-        if not serves(past_key_values, input_ids, attention_mask, kwargs, self.config):
-            return None
-        step = self._decode.step(self, *input_ids.shape)
-        if step is None:
-            return None
-        (batch_size, length), past_length = input_ids.shape, past_key_values.get_seq_length()
-        check_token_ids(input_ids, self.config.vocab_size)
-        check_cache(past_key_values, self.config, batch_size)
-        check_mask(attention_mask, batch_size, length, past_length)
-        honoured, mask = step_mask(attention_mask, length)
-        return step(past_key_values, input_ids, mask) if honoured else None
-
-    def _sample(
-        self,
-        input_ids: torch.LongTensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> Any:
-        """Greedy search and sampling: around captured decode steps where the model has them, else transformers' loop."""
-        step = None
-        if can_sample_with_steps(generation_config, model_kwargs, synced_gpus):
-            step = self._decode.step(self, input_ids.shape[0], 1)
-        if step is None:
-            return super()._sample(
-                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
-            )
-        outputs = self._prefill(input_ids, generation_config, model_kwargs)
-        mask = model_kwargs.get("attention_mask")
-        return sample_with_steps(
-            self, step, outputs, input_ids, logits_processor, stopping_criteria, generation_config, streamer, mask
-        )
-
     @staticmethod
     def create_masks_for_generate(**kwargs: Any) -> dict[str, torch.Tensor | None]:
         """Masks made ahead of a compiled step, by layer type (called by `generate`)."""
         names = ("config", "inputs_embeds", "attention_mask", "past_key_values", "position_ids")
         return make_masks(**{name: kwargs.get(name) for name in names})
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        """Make `KimiLinearCache` the cache of `generate()` unless the user brings or asks for another."""
-        check_cache_implementation(generation_config.cache_implementation, self.config.layer_types)
-        wants_default = generation_config.cache_implementation in (None, "dynamic") and generation_config.use_cache
-        if wants_default and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = KimiLinearCache(self.config)
-        else:
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-            bound_unbounded_layers(model_kwargs.get("past_key_values"))
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse, for every way into transformers' continuous batching goes through here.
-
-        Raises:
-            ValueError: always.
-        """
-        raise continuous_batching_error()
 
 
 class KimiLinearForSequenceClassification(GenericForSequenceClassification, KimiLinearPreTrainedModel):

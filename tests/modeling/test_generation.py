@@ -155,13 +155,6 @@ def test_scores_and_logits_of_each_step_are_returned(model, random_ids):
     assert outputs.past_key_values.get_seq_length() == 9 + NEW - 1
 
 
-@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": True}], ids=str)
-def test_assisted_generation_is_refused_clearly(options, model, random_ids):
-    options = {name: model if value is True else value for name, value in options.items()}
-    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
-        generate(model, random_ids(1, 9), **options)
-
-
 # Caches
 
 
