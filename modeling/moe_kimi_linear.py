@@ -205,7 +205,7 @@ class KimiSparseMoeBlock(nn.Module):
             return False
         if "forward" in vars(experts) and getattr(getattr(experts, "_hf_hook", None), "offload", True):
             return False
-        hooked = experts._forward_hooks or experts._forward_pre_hooks or experts._is_expert_parallel
+        hooked = experts._forward_hooks or experts._forward_pre_hooks or getattr(experts, "_is_expert_parallel", False)
         return not hooked and grouped_experts_serve(tokens, experts.gate_up_proj, experts.down_proj)
 
 
