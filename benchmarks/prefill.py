@@ -37,7 +37,7 @@ _GIB = 2**30
 
 
 def random_model(model_class: Any, config: Any, device: str = "cuda", seed: int = 0) -> torch.nn.Module:
-    """A bf16 model of `config` with random weights, drawn where they stay, and gates as KDA's initialisation has them."""
+    """A bf16 model of `config` with random weights, drawn where they stay; gates as KDA's initialisation has them."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:

@@ -200,8 +200,8 @@ def _(rows, position, weights, shared):
 
 
 def _warps(elements: int) -> int:
-    """Warps of a program: 16 elements a thread at least, which is two 16-byte loads of bf16."""
-    return min(8, max(1, elements // 512))
+    """Warps of a program: 32 elements a thread, which leaves room for many rows at once on a multiprocessor."""
+    return min(8, max(1, elements // 1024))
 
 
 __all__ = ["combine_rows_fwd", "route_fwd", "scatter_rows_fwd", "silu_mul_fwd"]

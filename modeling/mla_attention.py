@@ -1,6 +1,7 @@
 """Multi-head latent attention without position encoding (arXiv 2510.26692, section 4; DeepSeek-V2's MLA, no RoPE)."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from ..configuration.configuration_kimi_linear import KimiLinearConfig
 from ..kernels.attention_lse import attention_with_lse, merge_attention
+from ..kernels.fused_path import fused_path_serves
+from ..kernels.mla_keys_triton import mla_keys_fwd
 from .norms_kimi_linear import KimiRMSNorm
 
 # kv_a_layernorm keeps its class default in the released code, whatever rms_norm_eps says (reference section 3.1).
@@ -27,11 +30,18 @@ _LATENT_FORM_TOKENS = 16
 _EXPANDED_ROWS = 32768
 
 
+@dataclass(frozen=True)
 class CausalOverCache:
-    """In place of a mask: every new token sees all cached tokens, the new ones up to itself, and nothing is padding.
+    """In place of a mask: every new token sees all cached tokens, and the new ones up to itself.
 
     Attention that knows this needs no mask tensor, and takes the cached latents a block at a time.
+
+    Attributes:
+        spans: for each row, the first and the end of its valid positions, cached ones included; what is outside is
+            padding. None if nothing is.
     """
+
+    spans: tuple[tuple[int, int], ...] | None = None
 
     @staticmethod
     def fits(config: KimiLinearConfig, new_tokens: int) -> bool:
@@ -132,7 +142,7 @@ class KimiMLAAttention(nn.Module):
             latent, shared_key = past_key_values.update(latent, shared_key, self.layer_idx)
 
         if isinstance(attention_mask, CausalOverCache):
-            output, weights = self._attend_by_blocks(query, latent, shared_key), None
+            output, weights = self._attend_without_mask(query, latent, shared_key, attention_mask.spans), None
         elif self._prefers_latent_form(query.shape[2], latent.shape[2], attention_mask):
             output, weights = self._attend_latent(query, latent, shared_key, attention_mask)
         else:
@@ -180,6 +190,27 @@ class KimiMLAAttention(nn.Module):
         returns_weights = self.config._attn_implementation == "eager"
         return output.transpose(1, 2), weights if returns_weights else None
 
+    def _attend_without_mask(
+        self,
+        query: torch.Tensor,
+        latent: torch.Tensor,
+        shared_key: torch.Tensor,
+        spans: tuple[tuple[int, int], ...] | None,
+    ) -> torch.Tensor:
+        """`_attend_by_blocks`, row by row over the valid tokens if some are padding, whose output is zero."""
+        if spans is None:
+            return self._attend_by_blocks(query, latent, shared_key)
+        length, past = query.shape[2], latent.shape[2] - query.shape[2]
+        output = query.new_zeros(query.shape[0], length, query.shape[1], self.v_head_dim)
+        for row, (begin, end) in enumerate(spans):
+            new = slice(max(begin - past, 0), max(end - past, 0))
+            if new.start < new.stop:
+                valid = (slice(row, row + 1), slice(None), slice(begin, past + new.stop))
+                output[row : row + 1, new] = self._attend_by_blocks(
+                    query[row : row + 1, :, new], latent[valid], shared_key[valid]
+                )
+        return output
+
     def _attend_by_blocks(self, query: torch.Tensor, latent: torch.Tensor, shared_key: torch.Tensor) -> torch.Tensor:
         """Causal attention [B, T, H, v] of T new tokens over L latents, of which one block is expanded at a time.
 
@@ -189,7 +220,7 @@ class KimiMLAAttention(nn.Module):
         batch, length, past = latent.shape[0], query.shape[2], latent.shape[2] - query.shape[2]
         key, value = self._expand(latent[:, 0, past:], shared_key[:, 0, past:])
         attend = partial(attention_with_lse, query, scale=self.scaling)
-        output, lse = attend(key, value, causal=True, needs_lse=past > 0)
+        output, lse = attend(key, value, causal=True)
         output = output.transpose(1, 2)
         if past == 0:
             return output
@@ -207,7 +238,10 @@ class KimiMLAAttention(nn.Module):
         """Keys [B, H, L, n + s] and values [B, H, L, v] of latents [B, L, r] and shared keys [B, L, s]."""
         expanded = self.kv_b_proj(latent).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))  # [B, L, H, .]
         key, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-        key = torch.cat([key, shared_key[:, :, None].expand(-1, -1, key.shape[2], -1)], dim=-1)
+        if expanded.dtype == shared_key.dtype and fused_path_serves(expanded, shared_key):
+            key = mla_keys_fwd(expanded, shared_key, self.qk_nope_head_dim)
+        else:
+            key = torch.cat([key, shared_key[:, :, None].expand(-1, -1, key.shape[2], -1)], dim=-1)
         return key.transpose(1, 2), value.transpose(1, 2)
 
     def _attend_expanded(

@@ -9,7 +9,7 @@ from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.kernels import fused_path
 from kimi_linear.kernels.attention_lse import attention_with_lse, merge_attention
 from kimi_linear.kernels.short_convolution import causal_short_conv
-from kimi_linear.modeling import mla_attention, prompt_segments
+from kimi_linear.modeling import masks_kimi_linear, mla_attention, prompt_segments
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
 from kimi_linear.modeling.moe_kimi_linear import KimiMLP, KimiSparseMoeBlock
 from kimi_linear.modeling.norms_kimi_linear import KimiRMSNorm, KimiRMSNormGated
@@ -88,7 +88,9 @@ def test_short_convolution(T):
 
 
 def test_experts_and_mlp():
-    config = KimiLinearConfig.from_dict(tiny_config(num_experts=16, hidden_size=256, moe_intermediate_size=64, head_dim=64))
+    config = KimiLinearConfig.from_dict(
+        tiny_config(num_experts=16, hidden_size=256, moe_intermediate_size=64, head_dim=64)
+    )
     config._experts_implementation = "grouped_mm"
     block = KimiSparseMoeBlock(config).to("cuda", torch.bfloat16).eval()
     for i, parameter in enumerate(block.parameters()):
@@ -119,8 +121,6 @@ def test_library_attention_and_its_normaliser(T, L, causal, sizes):
     output, lse = attention_with_lse(query, key, value, causal=causal, scale=scale)
     assert relative(output, scores.softmax(-1) @ value.double()) < 2**-7
     torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=0, atol=2e-3)
-    alone, nothing = attention_with_lse(query, key, value, causal=causal, scale=scale, needs_lse=False)
-    assert nothing is None and relative(alone, output) < 2**-8
 
 
 def test_merged_blocks():
@@ -160,20 +160,30 @@ def test_model_is_as_near_to_fp32_as_on_the_ordinary_path(case, model, exact):
     assert fused < 1.25 * ordinary + 2**-9
 
 
+@pytest.mark.parametrize("large_mask", [0, 1 << 28])
 @pytest.mark.parametrize("padded", [False, True])
-def test_segments_equal_one_piece(padded, model, monkeypatch):
-    ids = torch.randint(0, 120, (2, 500), generator=torch.Generator().manual_seed(1)).cuda()
+def test_segments_are_as_near_to_fp32_as_one_piece(padded, large_mask, model, exact, monkeypatch):
+    """With padding once with masks and once without. In a model this small one other choice of an expert moves a token
+    by percents, so that neither can be asked to equal the other."""
+    ids = torch.randint(0, 120, (2, 500), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[0, :100] = 1 - padded
+    monkeypatch.setattr(masks_kimi_linear, "_LARGE_MASK", large_mask)
     with torch.no_grad():
-        whole = model(ids, attention_mask=mask)
+        want = exact(ids, attention_mask=mask)
+        whole = model(ids.cuda(), attention_mask=mask.cuda())
         monkeypatch.setattr(prompt_segments, "SEGMENT_TOKENS", 256)
         monkeypatch.setattr(mla_attention, "_EXPANDED_ROWS", 200)
-        cut = model(ids, attention_mask=mask)
-    assert relative(cut.logits[mask.bool()], whole.logits[mask.bool()]) < 2**-6
-    for ours, theirs in zip(cut.past_key_values.layers, whole.past_key_values.layers):
-        if hasattr(ours, "state"):
-            assert relative(ours.state, theirs.state) < 2**-6
+        cut = model(ids.cuda(), attention_mask=mask.cuda())
+    keep = mask.bool()
+    of_cut, of_whole, apart = (
+        relative(a.logits.cpu()[keep], b.logits.cpu()[keep]) for a, b in ((cut, want), (whole, want), (cut, whole))
+    )
+    print(f"padded {padded}: cut {of_cut:.4f} whole {of_whole:.4f} apart {apart:.4f}")
+    assert of_cut < 1.25 * of_whole + 2**-9
+    for a, b, c in zip(cut.past_key_values.layers, whole.past_key_values.layers, want.past_key_values.layers):
+        if hasattr(a, "state"):
+            assert relative(a.state.cpu(), c.state) < 1.25 * relative(b.state.cpu(), c.state) + 2**-9
 
 
 @torch.no_grad()

@@ -8,13 +8,20 @@ pytest.importorskip("triton")
 from test_kda_triton_compile import TARGETS, _OfflineDriver, resources
 from triton.runtime.driver import driver
 
-from kimi_linear.kernels import fused_norms_triton, merge_attention_triton, moe_triton, short_convolution_triton
+from kimi_linear.kernels import (
+    fused_norms_triton,
+    merge_attention_triton,
+    mla_keys_triton,
+    moe_triton,
+    short_convolution_triton,
+)
 
 KERNELS = [
     fused_norms_triton.rms_norm_fwd_kernel, fused_norms_triton.gated_rms_norm_fwd_kernel,
-    short_convolution_triton.short_conv_fwd_kernel, short_convolution_triton.short_conv_window_fwd_kernel,
+    short_convolution_triton.short_conv_fwd_kernel, short_convolution_triton.short_conv_edges_fwd_kernel,
     moe_triton.route_fwd_kernel, moe_triton.scatter_rows_fwd_kernel, moe_triton.silu_mul_fwd_kernel,
-    moe_triton.combine_rows_fwd_kernel, merge_attention_triton.merge_attention_fwd_kernel,
+    moe_triton.combine_rows_fwd_kernel, mla_keys_triton.mla_keys_fwd_kernel,
+    merge_attention_triton.merge_attention_fwd_kernel,
 ]  # fmt: skip
 
 
@@ -37,6 +44,7 @@ def launch_all(dtype):
     rows = moe_triton.scatter_rows_fwd(x, position)
     moe_triton.silu_mul_fwd(*torch.empty(N, 2048, dtype=dtype).chunk(2, dim=1))
     moe_triton.combine_rows_fwd(rows, position, torch.empty(N, 8), x)
+    mla_keys_triton.mla_keys_fwd(torch.empty(1, N, 32, 256, dtype=dtype), latents[None, :, 512:], 128)
     o, lse = torch.empty(1, N, 32, 128), torch.empty(1, 32, N)
     merge_attention_triton.merge_attention_fwd(o, lse, heads, lse)
 

@@ -14,6 +14,7 @@ from kimi_linear.kernels.attention_lse import attention_with_lse
 from kimi_linear.kernels.fused_norms_triton import add_rms_norm_fwd, gated_rms_norm_fwd, rms_norm_fwd
 from kimi_linear.kernels.fused_path import fused_path_serves
 from kimi_linear.kernels.merge_attention_triton import merge_attention_fwd
+from kimi_linear.kernels.mla_keys_triton import mla_keys_fwd
 from kimi_linear.kernels.moe_experts import grouped_experts_serve
 from kimi_linear.kernels.moe_triton import combine_rows_fwd, route_fwd, scatter_rows_fwd, silu_mul_fwd
 from kimi_linear.kernels.short_convolution_triton import short_conv_fwd
@@ -43,6 +44,7 @@ def test_fake_outputs():
         rows = scatter_rows_fwd(x[0], torch.empty(5, 3, dtype=torch.int32))
         combined = combine_rows_fwd(rows, torch.empty(5, 3, dtype=torch.int32), torch.empty(5, 3), None)
         same = [rms_norm_fwd(x, weight, 1e-5), gated_rms_norm_fwd(x, x, weight, 1e-5), silu_mul_fwd(x, x)]
+        assert mla_keys_fwd(torch.empty(2, 5, 3, 12), torch.empty(2, 5, 4), 8).shape == (2, 5, 3, 12)
         o, lse = torch.empty(2, 5, 3, 16), torch.empty(2, 3, 5)
         assert merge_attention_fwd(o, lse, o, lse) is None
     for tensor in (normed, total, y, *same):

@@ -5,7 +5,7 @@ import torch
 from peak_memory import PeakMemory
 from transformers import DynamicCache
 
-from kimi_linear.modeling import mla_attention, prompt_segments
+from kimi_linear.modeling import masks_kimi_linear, mla_attention, prompt_segments
 from kimi_linear.modeling.cache_kimi_linear import KimiLinearCache
 from kimi_linear.modeling.mla_attention import KimiMLAAttention
 from kimi_linear.modeling.prompt_segments import segment_bounds
@@ -69,16 +69,24 @@ def test_every_cut_gives_the_same(model, random_ids, monkeypatch):
             check_same_state(cut.past_key_values, whole.past_key_values)
 
 
-@pytest.mark.parametrize("side", ["left", "right", "holes"])
-def test_padded_prompts(side, model, random_ids, monkeypatch):
+@pytest.mark.parametrize("large_mask", [0, 1 << 28])
+@pytest.mark.parametrize("side", ["left", "right", "both", "row", "holes"])
+def test_padded_prompts(side, large_mask, model, random_ids, monkeypatch):
+    """With masks, and without one where the padding is at the ends (whole rows and segments of it among them)."""
     ids, mask = random_ids(2, 200), torch.ones(2, 200, dtype=torch.long)
-    padding = {"left": slice(0, 90), "right": slice(70, None), "holes": slice(60, 150)}[side]
-    mask[1, padding] = 0
-    whole, cut = whole_and_cut(model, monkeypatch, ids, attention_mask=mask)
-    torch.testing.assert_close(cut.logits[mask.bool()], whole.logits[mask.bool()], **CLOSE)
+    padding = {"left": slice(0, 90), "right": slice(70, None), "row": slice(None), "holes": slice(60, 150)}
+    mask[1, padding.get(side, slice(0, 70))] = 0
+    if side == "both":
+        mask[1, 150:] = 0
+    whole = model(ids, attention_mask=mask)  # with gradients, hence by a mask
+    monkeypatch.setattr(masks_kimi_linear, "_LARGE_MASK", large_mask)
+    uncut, cut = whole_and_cut(model, monkeypatch, ids, attention_mask=mask)
+    for got in (uncut, cut):
+        assert torch.isfinite(got.logits).all()
+        torch.testing.assert_close(got.logits[mask.bool()], whole.logits[mask.bool()].detach(), **CLOSE)
     for a, b in zip(cut.past_key_values.layers, whole.past_key_values.layers):
         if hasattr(a, "window"):
-            torch.testing.assert_close(a.state, b.state, **CLOSE)
+            torch.testing.assert_close(a.state, b.state.detach(), **CLOSE)
 
 
 @pytest.mark.parametrize("options", [{"attn_implementation": "eager"}, {"attn_implementation": "sdpa"}])
