@@ -159,7 +159,7 @@ def main() -> None:
         print(f"{kernel['ms']:9.2f} ms {kernel['calls']:6} x  {kernel['kernel']}")
     result = {
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "command": " ".join(["python -m benchmarks.prefill", *sys.argv[1:]]),
+        "command": " ".join(["python -m benchmarks.prefill", *(Path(word).name for word in sys.argv[1:])]),
         "device": torch.cuda.get_device_name(),
         "versions": {
             "python": platform.python_version(),
