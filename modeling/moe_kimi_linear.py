@@ -203,7 +203,8 @@ class KimiSparseMoeBlock(nn.Module):
         experts = self.experts
         if type(experts) is not KimiExperts or experts.config._experts_implementation != "grouped_mm":
             return False
-        if "forward" in vars(experts) and getattr(getattr(experts, "_hf_hook", None), "offload", True):
+        hook = getattr(experts, "_hf_hook", None)
+        if hook is not None and getattr(hook, "offload", True):
             return False
         hooked = experts._forward_hooks or experts._forward_pre_hooks or getattr(experts, "_is_expert_parallel", False)
         return not hooked and grouped_experts_serve(tokens, experts.gate_up_proj, experts.down_proj)

@@ -95,6 +95,8 @@ def test_experts_and_mlp():
     block = KimiSparseMoeBlock(config).to("cuda", torch.bfloat16).eval()
     for i, parameter in enumerate(block.parameters()):
         parameter.data = draw(*parameter.shape, seed=i) * parameter.shape[-1] ** -0.5
+    with torch.no_grad():
+        assert block._takes_grouped(draw(3, 256))
     for tokens in (1, 65, 1000):
         x = draw(1, tokens, 256)
         ours, want = both(block, x)
