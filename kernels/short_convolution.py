@@ -4,7 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .fused_path import fused_path_serves
 from .kda_checks import check_cu_seqlens
+from .short_convolution_triton import MAX_WIDTH, short_conv_fwd
 
 # Elements of x whose fp32 copies exist at the same time: 2048 tokens of 32 heads of 128.
 _PIECE_ELEMENTS = 2048 * 32 * 128
@@ -26,8 +28,8 @@ def causal_short_conv(
         window: [B, D, W - 1], the inputs in front of x, oldest first; None for zeros. With `cu_seqlens`, one per
             sequence: [N, D, W - 1].
         lengths: [B], valid tokens at the front of each row, 0 to T; what is behind them does not enter the new window.
-        cu_seqlens: [N + 1] boundaries of packed sequences (B must be 1), which may be empty; excludes `lengths`. Read
-            back from a GPU.
+        cu_seqlens: [N + 1] boundaries of packed sequences (B must be 1), which may be empty; excludes `lengths`. Where
+            the fused kernel serves, they are read on the device and their values are not checked.
 
     Returns:
         y [B, T, D] in x's dtype, and the window behind the (valid) tokens in x's dtype, a fresh tensor.
@@ -35,9 +37,12 @@ def causal_short_conv(
     Raises:
         ValueError: if shapes, dtypes, devices or boundaries don't fit.
     """
-    if cu_seqlens is not None:
+    fused = _fused_serves(x, weight, window)
+    if cu_seqlens is not None and not fused:
         cu_seqlens = cu_seqlens.cpu()
     _check_inputs(x, weight, window, lengths, cu_seqlens)
+    if fused:
+        return short_conv_fwd(x, weight, None if window is None else window.to(x.dtype), lengths, cu_seqlens)
     rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if window is None:
         window = x.new_zeros(rows, x.shape[2], weight.shape[2] - 1)
@@ -53,6 +58,10 @@ def causal_short_conv(
             outputs.append(y)
         y, new_window = torch.cat(outputs, dim=1), torch.cat([window[:0], *windows])
     return y, new_window.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+
+
+def _fused_serves(x: torch.Tensor, weight: torch.Tensor, window: torch.Tensor | None) -> bool:
+    return x.ndim == 3 and weight.ndim == 3 and weight.shape[2] <= MAX_WIDTH and fused_path_serves(x, weight, window)
 
 
 def _convolve(x: torch.Tensor, weight: torch.Tensor, window: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,8 @@
 """Multi-head latent attention without position encoding (arXiv 2510.26692, section 4; DeepSeek-V2's MLA, no RoPE)."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +13,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
 from ..configuration.configuration_kimi_linear import KimiLinearConfig
+from ..kernels.attention_lse import attention_with_lse, merge_attention
+from ..kernels.fused_path import fused_path_serves
+from ..kernels.mla_keys_triton import mla_keys_fwd
 from .norms_kimi_linear import KimiRMSNorm
 
 # kv_a_layernorm keeps its class default in the released code, whatever rms_norm_eps says (reference section 3.1).
@@ -20,6 +25,31 @@ _LATENT_NORM_EPS = 1e-6
 # 2 L r H (n + v) operations and the latent form 2 T L H (2 r + s) against 2 T L H (n + s + v) behind expansion; both
 # meet near T = 170 at the released shape, and the scores [B, H, T, L] in fp32 want T small at long L.
 _LATENT_FORM_TOKENS = 16
+
+# Cached rows (times batch) whose keys and values exist at a time, 20 KiB each at the released shape.
+_EXPANDED_ROWS = 32768
+
+
+@dataclass(frozen=True)
+class CausalOverCache:
+    """In place of a mask: every new token sees all cached tokens, and the new ones up to itself.
+
+    Attention that knows this needs no mask tensor, and takes the cached latents a block at a time.
+
+    Attributes:
+        spans: for each row, the first and the end of its valid positions, cached ones included; what is outside is
+            padding. None if nothing is.
+    """
+
+    spans: tuple[tuple[int, int], ...] | None = None
+
+    @staticmethod
+    def fits(config: KimiLinearConfig, new_tokens: int) -> bool:
+        """Whether layers of this config honour it for an input of `new_tokens`: for inference, by PyTorch's kernels."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        causal = getattr(config, "is_causal", None) is not False
+        return causal and config._attn_implementation == "sdpa" and new_tokens > _LATENT_FORM_TOKENS
 
 
 def eager_attention_forward(
@@ -95,7 +125,8 @@ class KimiMLAAttention(nn.Module):
 
         Args:
             hidden_states: [B, T, hidden_size], normed.
-            attention_mask: whatever `create_causal_mask` made for the configured attention implementation.
+            attention_mask: whatever `create_causal_mask` made for the configured attention implementation, or
+                `CausalOverCache()`.
             past_key_values: cache of latents to continue from and to append to.
             kwargs: passed to the attention function (flash attention's cu_seq_lens_q, position_ids, ...).
 
@@ -110,7 +141,9 @@ class KimiMLAAttention(nn.Module):
         if past_key_values is not None:
             latent, shared_key = past_key_values.update(latent, shared_key, self.layer_idx)
 
-        if self._prefers_latent_form(query.shape[2], latent.shape[2], attention_mask):
+        if isinstance(attention_mask, CausalOverCache):
+            output, weights = self._attend_without_mask(query, latent, shared_key, attention_mask.spans), None
+        elif self._prefers_latent_form(query.shape[2], latent.shape[2], attention_mask):
             output, weights = self._attend_latent(query, latent, shared_key, attention_mask)
         else:
             output, weights = self._attend_expanded(query, latent, shared_key, attention_mask, **kwargs)
@@ -157,6 +190,60 @@ class KimiMLAAttention(nn.Module):
         returns_weights = self.config._attn_implementation == "eager"
         return output.transpose(1, 2), weights if returns_weights else None
 
+    def _attend_without_mask(
+        self,
+        query: torch.Tensor,
+        latent: torch.Tensor,
+        shared_key: torch.Tensor,
+        spans: tuple[tuple[int, int], ...] | None,
+    ) -> torch.Tensor:
+        """`_attend_by_blocks`, row by row over the valid tokens if some are padding, whose output is zero."""
+        if spans is None:
+            return self._attend_by_blocks(query, latent, shared_key)
+        length, past = query.shape[2], latent.shape[2] - query.shape[2]
+        output = query.new_zeros(query.shape[0], length, query.shape[1], self.v_head_dim)
+        for row, (begin, end) in enumerate(spans):
+            new = slice(max(begin - past, 0), max(end - past, 0))
+            if new.start < new.stop:
+                valid = (slice(row, row + 1), slice(None), slice(begin, past + new.stop))
+                output[row : row + 1, new] = self._attend_by_blocks(
+                    query[row : row + 1, :, new], latent[valid], shared_key[valid]
+                )
+        return output
+
+    def _attend_by_blocks(self, query: torch.Tensor, latent: torch.Tensor, shared_key: torch.Tensor) -> torch.Tensor:
+        """Causal attention [B, T, H, v] of T new tokens over L latents, of which one block is expanded at a time.
+
+        The new tokens' own block is causal, those of the cache are seen whole, and their normalisers join them: fp32
+        between the blocks, so the result depends on the blocks by the rounding of each block's output only.
+        """
+        batch, length, past = latent.shape[0], query.shape[2], latent.shape[2] - query.shape[2]
+        key, value = self._expand(latent[:, 0, past:], shared_key[:, 0, past:])
+        attend = partial(attention_with_lse, query, scale=self.scaling)
+        output, lse = attend(key, value, causal=True)
+        output = output.transpose(1, 2)
+        if past == 0:
+            return output
+        total = output.to(lse.dtype, memory_format=torch.contiguous_format)
+        lse = lse.contiguous()
+        rows = max(_EXPANDED_ROWS // batch, length)
+        for begin in range(0, past, rows):
+            end = min(begin + rows, past)
+            key, value = self._expand(latent[:, 0, begin:end], shared_key[:, 0, begin:end])
+            part, part_lse = attend(key, value, causal=False)
+            merge_attention(total, lse, part.transpose(1, 2), part_lse)
+        return total.to(query.dtype)
+
+    def _expand(self, latent: torch.Tensor, shared_key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys [B, H, L, n + s] and values [B, H, L, v] of latents [B, L, r] and shared keys [B, L, s]."""
+        expanded = self.kv_b_proj(latent).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))  # [B, L, H, .]
+        key, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        if expanded.dtype == shared_key.dtype and fused_path_serves(expanded, shared_key):
+            key = mla_keys_fwd(expanded, shared_key, self.qk_nope_head_dim)
+        else:
+            key = torch.cat([key, shared_key[:, :, None].expand(-1, -1, key.shape[2], -1)], dim=-1)
+        return key.transpose(1, 2), value.transpose(1, 2)
+
     def _attend_expanded(
         self,
         query: torch.Tensor,
@@ -166,9 +253,7 @@ class KimiMLAAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Latents expanded to keys [B, H, L, n + s] and values [B, H, L, v], through transformers' interface."""
-        expanded = self.kv_b_proj(latent[:, 0]).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))
-        key, value = expanded.transpose(1, 2).split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-        key = torch.cat([key, shared_key.expand(-1, key.shape[1], -1, -1)], dim=-1)
+        key, value = self._expand(latent[:, 0], shared_key[:, 0])
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -187,4 +272,4 @@ class KimiMLAAttention(nn.Module):
         return output[..., : self.v_head_dim], weights
 
 
-__all__ = ["KimiMLAAttention", "eager_attention_forward"]
+__all__ = ["CausalOverCache", "KimiMLAAttention", "eager_attention_forward"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,6 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -31,9 +31,11 @@ from .input_checks import (
     check_token_ids,
 )
 from .kda_attention import KimiDeltaAttention, ShortConvolution
+from .masks_kimi_linear import make_masks
 from .mla_attention import KimiMLAAttention
 from .moe_kimi_linear import KimiExperts, KimiMLP, KimiSparseMoeBlock, KimiTopkRouter
 from .norms_kimi_linear import KimiRMSNorm
+from .prompt_segments import forward_in_segments, takes_segments
 from .sequence_layout import PaddingLayout, cu_seqlens_of_restarts, position_ids_of_packed
 from .weight_conversion import conversions_for_loading, damaged_file_error, released_layout_conversions
 
@@ -84,10 +86,7 @@ class KimiDecoderLayer(GradientCheckpointingLayer):
             hidden_states, _ = self.self_attn(
                 hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
             )
-        hidden_states = residual + hidden_states
-
-        residual = hidden_states
-        hidden_states = self.post_attention_layernorm(hidden_states)
+        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
         hidden_states = self.block_sparse_moe(hidden_states) if self.is_moe else self.mlp(hidden_states)
         return residual + hidden_states
 
@@ -188,6 +187,8 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        keep_last: int | None = None,
+        prompt_progress: Callable[[int, int], None] | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
         """Run new tokens through the decoder.
@@ -200,6 +201,9 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
             past_key_values: cache to continue from: a `KimiLinearCache`, or transformers' own from our config.
             inputs_embeds: [B, T, hidden_size] in place of `input_ids`.
             use_cache: whether to make a cache when none is given.
+            keep_last: how many last positions of `last_hidden_state` are needed; a prompt taken in segments (see
+                prompt_segments) leaves out the others.
+            prompt_progress: called with (tokens done, tokens of the prompt) after each segment of such a prompt.
             kwargs: `cu_seq_lens_q` [N + 1] (with `cu_seq_lens_k`, `max_length_q`, ...) for packed sequences,
                 `output_hidden_states`, `output_attentions` (eager attention only), `output_router_logits`.
 
@@ -208,6 +212,20 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if takes_segments(self.config, tokens, attention_mask, position_ids, past_key_values, kwargs):
+            return forward_in_segments(
+                self,
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                keep_last=keep_last,
+                prompt_progress=prompt_progress,
+                **kwargs,
+            )
         if inputs_embeds is None:
             check_token_ids(input_ids, self.config.vocab_size)
             inputs_embeds = self.embed_tokens(input_ids)
@@ -229,7 +247,9 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
             position_ids = torch.arange(length, device=inputs_embeds.device)[None] + (past_length or 0)
 
         if not isinstance(attention_mask, dict):
-            attention_mask = make_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+            attention_mask = make_masks(
+                self.config, inputs_embeds, attention_mask, past_key_values, position_ids, packed=cu_seqlens is not None
+            )
         padding_mask = attention_mask.get("linear_attention")
         padding = None if padding_mask is None else PaddingLayout.from_mask(padding_mask)
 
@@ -286,36 +306,6 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
         return cu_seqlens_of_restarts(position_ids.expand(batch_size, -1)), position_ids
 
 
-def make_masks(
-    config: KimiLinearConfig,
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
-    position_ids: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> dict[str, torch.Tensor | None]:
-    """Masks by layer type: what `create_causal_mask` makes for MLA, and [B, T] of the new tokens (or None) for KDA.
-
-    Under compilation a prompt's mask is always kept, since whether it is all ones cannot be asked, and a single token
-    is taken as valid, which keeps the growing mask out of the graph.
-    """
-    full_attention = create_causal_mask(
-        config=config,
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        past_key_values=past_key_values if "full_attention" in config.layer_types else None,
-        position_ids=position_ids,
-        **kwargs,
-    )
-    padding_mask = None
-    if attention_mask is not None and attention_mask.ndim == 2:
-        padding_mask = attention_mask[:, -inputs_embeds.shape[1] :].contiguous()
-        compiling = torch.compiler.is_compiling()
-        if (compiling and padding_mask.shape[1] == 1) or (not compiling and padding_mask.all()):
-            padding_mask = None
-    return {"full_attention": full_attention, "linear_attention": padding_mask}
-
-
 class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiGenerationMixin):
     """The decoder with its language-model head."""
 
@@ -343,6 +333,7 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiGenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        prompt_progress: Callable[[int, int], None] | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """As `KimiLinearModel.forward`, and logits.
@@ -350,6 +341,8 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiGenerationMixin):
         Args:
             labels: [B, T] token ids, -100 where no loss is wanted; shifted inside.
             logits_to_keep: compute logits of the last so many positions only (0: of all), or of these indices.
+            prompt_progress: called with (tokens done, tokens of the prompt) after each segment of a long prompt; an
+                argument of `generate()` too.
 
         Returns:
             logits [B, T or logits_to_keep, vocab_size], the loss if `labels` are given, and what else was asked for.
@@ -366,6 +359,8 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiGenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            keep_last=logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep > 0 else None,
+            prompt_progress=prompt_progress,
             **kwargs,
         )
         logits = self.lm_head(outputs.last_hidden_state[:, kept])

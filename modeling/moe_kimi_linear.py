@@ -6,6 +6,9 @@ from torch import nn
 from transformers.integrations import use_experts_implementation
 
 from ..configuration.configuration_kimi_linear import KimiLinearConfig
+from ..kernels.fused_path import fused_path_serves
+from ..kernels.moe_experts import grouped_experts, grouped_experts_serve
+from ..kernels.moe_triton import route_fwd, silu_mul_fwd
 
 
 class KimiMLP(nn.Module):
@@ -19,7 +22,9 @@ class KimiMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., hidden_size] -> the same shape."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        fused = gate.dtype == up.dtype and fused_path_serves(gate, up)
+        return self.down_proj(silu_mul_fwd(gate, up) if fused else F.silu(gate) * up)
 
 
 @use_experts_implementation
@@ -92,7 +97,17 @@ class KimiTopkRouter(nn.Module):
         Returns:
             logits [N, E] fp32, weights [N, k] fp32, experts [N, k] int64.
         """
-        logits = F.linear(hidden_states.float(), self.weight.float())
+        logits = self._logits(hidden_states)
+        if self._takes_fused(logits):
+            weights, experts = route_fwd(
+                logits,
+                self.e_score_correction_bias,
+                self.top_k,
+                self.renormalize,
+                self.scaling_factor,
+                self.biased_weights,
+            )
+            return logits, weights, experts
         scores = logits.sigmoid()
         biased = scores + self.e_score_correction_bias.float()
         experts = self._within_best_groups(biased).topk(self.top_k, dim=-1, sorted=False).indices
@@ -102,6 +117,21 @@ class KimiTopkRouter(nn.Module):
         if self.training:
             self._count(experts)
         return logits, weights * self.scaling_factor, experts
+
+    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The product in fp32 of operands cast to fp32, [N, E].
+
+        Products of half-precision numbers are exact in fp32, so tensor cores that accumulate and return fp32 give the
+        same up to the order of summation, without the casts.
+        """
+        half = hidden_states.dtype in (torch.bfloat16, torch.float16) and hidden_states.dtype == self.weight.dtype
+        if half and fused_path_serves(hidden_states, self.weight):
+            return torch.mm(hidden_states, self.weight.t(), out_dtype=torch.float32)
+        return F.linear(hidden_states.float(), self.weight.float())
+
+    def _takes_fused(self, logits: torch.Tensor) -> bool:
+        chooses_groups = self.num_groups != self.topk_group
+        return not (self.training or chooses_groups) and fused_path_serves(logits, self.e_score_correction_bias)
 
     def _within_best_groups(self, biased: torch.Tensor) -> torch.Tensor:
         """Scores with -inf outside the `topk_group` groups whose two best experts score highest."""
@@ -156,8 +186,28 @@ class KimiSparseMoeBlock(nn.Module):
         """[B, T, hidden_size] -> the same shape."""
         tokens = hidden_states.flatten(0, -2)
         _, weights, experts = self.gate(tokens)
+        if self._takes_grouped(tokens):
+            shared = None if self.shared_experts is None else self.shared_experts(tokens)
+            parameters = self.experts.gate_up_proj, self.experts.down_proj
+            return grouped_experts(tokens, experts, weights, *parameters, shared).view(hidden_states.shape)
         output = self.experts(tokens, experts, weights).view(hidden_states.shape)
         return output if self.shared_experts is None else output + self.shared_experts(hidden_states)
+
+    def _takes_grouped(self, tokens: torch.Tensor) -> bool:
+        """Whether to compute the experts here, from their parameters, instead of calling the module.
+
+        Only where "grouped_mm", transformers' default, is configured, and where nothing else hangs on the module: an
+        adapter, sharded or quantised weights, a hook. accelerate's hook that only says which device a module is on is
+        harmless; one that brings the weights from elsewhere (`offload`) is not.
+        """
+        experts = self.experts
+        if type(experts) is not KimiExperts or experts.config._experts_implementation != "grouped_mm":
+            return False
+        hook = getattr(experts, "_hf_hook", None)
+        if hook is not None and getattr(hook, "offload", True):
+            return False
+        hooked = experts._forward_hooks or experts._forward_pre_hooks or getattr(experts, "_is_expert_parallel", False)
+        return not hooked and grouped_experts_serve(tokens, experts.gate_up_proj, experts.down_proj)
 
 
 __all__ = ["KimiExperts", "KimiMLP", "KimiSparseMoeBlock", "KimiTopkRouter"]

@@ -1,0 +1,72 @@
+"""The fused inference kernels, compiled offline for the GPU classes they claim, at the released shapes."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from test_kda_triton_compile import TARGETS, _OfflineDriver, resources
+from triton.runtime.driver import driver
+
+from kimi_linear.kernels import (
+    fused_norms_triton,
+    merge_attention_triton,
+    mla_keys_triton,
+    moe_triton,
+    short_convolution_triton,
+)
+
+KERNELS = [
+    fused_norms_triton.rms_norm_fwd_kernel, fused_norms_triton.gated_rms_norm_fwd_kernel,
+    short_convolution_triton.short_conv_fwd_kernel, short_convolution_triton.short_conv_edges_fwd_kernel,
+    moe_triton.route_fwd_kernel, moe_triton.scatter_rows_fwd_kernel, moe_triton.silu_mul_fwd_kernel,
+    moe_triton.combine_rows_fwd_kernel, mla_keys_triton.mla_keys_fwd_kernel,
+    merge_attention_triton.merge_attention_fwd_kernel,
+]  # fmt: skip
+
+
+def launch_all(dtype):
+    """One launch of every kernel as the released shape makes it."""
+    N, H = 8, 2304
+    x, weight, latents = (torch.empty(*shape, dtype=dtype) for shape in ((N, H), (H,), (N, 576)))
+    fused_norms_triton.rms_norm_fwd(x, weight, 1e-5)
+    fused_norms_triton.rms_norm_fwd(latents[:, :512], weight[:512], 1e-6)
+    fused_norms_triton.add_rms_norm_fwd(x, x, weight, 1e-5)
+    heads = torch.empty(1, N, 32, 128, dtype=dtype)
+    fused_norms_triton.gated_rms_norm_fwd(heads, heads, weight[:128], 1e-5)
+    inputs, taps = torch.empty(1, N, 4096, dtype=dtype), torch.empty(4096, 1, 4, dtype=dtype)
+    window = torch.empty(1, 4096, 3, dtype=dtype)
+    short_convolution_triton.short_conv_fwd(inputs, taps, window, None, None)
+    short_convolution_triton.short_conv_fwd(inputs, taps, None, torch.tensor([3]), None)
+    short_convolution_triton.short_conv_fwd(inputs, taps, None, None, torch.tensor([0, 3, N], dtype=torch.int32))
+    moe_triton.route_fwd(torch.empty(N, 256), torch.empty(256, dtype=dtype), 8, True, 2.446, False)
+    position = torch.zeros(N, 8, dtype=torch.int32)
+    rows = moe_triton.scatter_rows_fwd(x, position)
+    moe_triton.silu_mul_fwd(*torch.empty(N, 2048, dtype=dtype).chunk(2, dim=1))
+    moe_triton.combine_rows_fwd(rows, position, torch.empty(N, 8), x)
+    mla_keys_triton.mla_keys_fwd(torch.empty(1, N, 32, 256, dtype=dtype), latents[None, :, 512:], 128)
+    o, lse = torch.empty(1, N, 32, 128), torch.empty(1, 32, N)
+    merge_attention_triton.merge_attention_fwd(o, lse, heads, lse)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("gpu", list(TARGETS))
+def test_compiles_without_spills(gpu, dtype, monkeypatch):
+    target, compiled = TARGETS[gpu], []
+    monkeypatch.setattr(driver, "_active", _OfflineDriver(target))
+    for kernel in KERNELS:
+        kernel.device_caches.clear()
+
+        def run(*args, grid, warmup, kernel=kernel, launch=kernel.run, **kwargs):
+            compiled.append((kernel.__name__, launch(*args, grid=grid, warmup=True, **kwargs)))
+
+        monkeypatch.setattr(kernel, "run", run)
+    launch_all(dtype)
+    for kernel in KERNELS:
+        kernel.device_caches.clear()
+    assert {name for name, _ in compiled} == {kernel.__name__ for kernel in KERNELS}
+    for name, kernel in compiled:
+        registers, spilled = resources(kernel, target.backend)
+        print(f"{gpu:7} {dtype} {name:30} registers {registers:3} spilled {spilled:5} shared {kernel.metadata.shared}")
+        assert spilled == 0, (name, spilled)
+        assert kernel.metadata.shared <= 48 << 10
