@@ -1,7 +1,6 @@
 """
 KDA on GPUs with Triton: the chunked forward, as one call per stage. Equations and layouts are in the stages' modules:
-kda_triton_index (packed sequences), kda_triton_gate (token by token), kda_triton_intra (inside chunks),
-kda_triton_inter (the pass over chunks).
+kda_triton_index (packed sequences), kda_triton_intra (inside chunks), kda_triton_inter (the pass over chunks).
 
     S_t = (I - beta_t k_t k_t^T) diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T,    o_t = scale S_t^T q_t        S [K, V]
     per head, fp32
@@ -22,8 +21,7 @@ from functools import lru_cache
 import torch
 
 from .kda_checks import check_kda_inputs
-from .kda_triton_configs import gate_config, gpu_class, inter_config, intra_config, step_config
-from .kda_triton_gate import kda_gate_fwd
+from .kda_triton_configs import gpu_class, inter_config, intra_config, padded, step_config
 from .kda_triton_index import kda_index_fwd
 from .kda_triton_inter import kda_inter_fwd
 from .kda_triton_intra import kda_intra_fwd, kda_intra_fwd_kernel
@@ -97,10 +95,9 @@ def _chunk_kda_fwd(
     if N * H == 0:
         return o, state
     dtype = str(q.dtype).removeprefix("torch.")
-    gate = gate_config(_gpu(q.device), K, dtype)
     intra = intra_config(_gpu(q.device), K, dtype)
     inter = inter_config(_gpu(q.device), K, V, dtype, N * H)
-    C, upcast = gate.C, _interpreted() and q.dtype == torch.bfloat16
+    C, upcast = intra.C, _interpreted() and q.dtype == torch.bfloat16
     with _on(q.device):
         if cu_seqlens is not None:
             # Tokens outside every sequence (before the first, behind the last) have output 0.
@@ -108,7 +105,6 @@ def _chunk_kda_fwd(
             index = (cu_seqlens, *kda_index_fwd(cu_seqlens, T, C))
             tiles = _tiles(q, index[-1].numel(), C)
             if index[-1].numel() > 0:
-                kda_gate_fwd(q, k, g, A_log, dt_bias, scale, 0, 0, index, tiles, gate)
                 kda_intra_fwd(q, k, g, beta, A_log, dt_bias, scale, 0, 0, index, tiles, intra, upcast)
             kda_inter_fwd(v, o, initial_state, state, 0, 0, index, tiles, inter, upcast)
             return o, state
@@ -119,7 +115,6 @@ def _chunk_kda_fwd(
             NT = -(-min(segment, T - t_begin) // C)
             part = tuple(x[: B * NT] for x in tiles)
             if NT > 0:
-                kda_gate_fwd(q, k, g, A_log, dt_bias, scale, t_begin, NT, None, part, gate)
                 kda_intra_fwd(q, k, g, beta, A_log, dt_bias, scale, t_begin, NT, None, part, intra, upcast)
             kda_inter_fwd(v, o, state_in, state, t_begin, NT, None, part, inter, upcast)
             state_in = state
@@ -134,20 +129,15 @@ def _(q, k, v, g, beta, A_log, dt_bias, scale, initial_state, cu_seqlens):
 
 
 def _tiles(q: torch.Tensor, NC: int, C: int) -> tuple[torch.Tensor, ...]:
-    """
-    What passes between the stages for NC chunks: xq, xk, xg, factors, diagonal, wild, channels of stage 1, A, M of
-    stage 2.
-    """
-    H, K = q.shape[2:]
+    """What passes between the stages for NC chunks: xq, xk, xg, decay, A, M; and stage 1's scratch: channels."""
+    H, BK = q.shape[2], padded(q.shape[3])
     # fp16 lacks the exponents that the factors need.
     dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
-    xq, xk, xg = (torch.empty(NC, H, C, K, dtype=dtype, device=q.device) for _ in range(3))
+    xq, xk, xg = (torch.empty(NC, H, C, BK, dtype=dtype, device=q.device) for _ in range(3))
     A, M = (torch.empty(NC, H, C, C, dtype=dtype, device=q.device) for _ in range(2))
-    factors = torch.empty(NC, H, 3, K, dtype=torch.float32, device=q.device)
-    diagonal = torch.empty(NC, H, C, dtype=torch.float32, device=q.device)
-    wild = torch.empty(NC, H, dtype=torch.int32, device=q.device)
-    channels = torch.empty(NC, H, K, dtype=torch.int16, device=q.device)
-    return xq, xk, xg, factors, diagonal, wild, channels, A, M
+    decay = torch.empty(NC, H, BK, dtype=torch.float32, device=q.device)
+    channels = torch.empty(NC, H, BK, dtype=torch.int16, device=q.device)
+    return xq, xk, xg, decay, A, M, channels
 
 
 def chunk_kda(
