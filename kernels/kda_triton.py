@@ -129,7 +129,7 @@ def _(q, k, v, g, beta, A_log, dt_bias, scale, initial_state, cu_seqlens):
 
 
 def _tiles(q: torch.Tensor, NC: int, C: int) -> tuple[torch.Tensor, ...]:
-    """What passes between the stages for NC chunks: xq, xk, xg, decay, A, M; and stage 1's scratch: channels."""
+    """What passes between the stages for NC chunks: xq, xk, xg, decay, A, M; and stage 1's scratch: channels, rows."""
     H, BK = q.shape[2], padded(q.shape[3])
     # fp16 lacks the exponents that the factors need.
     dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
@@ -137,7 +137,8 @@ def _tiles(q: torch.Tensor, NC: int, C: int) -> tuple[torch.Tensor, ...]:
     A, M = (torch.empty(NC, H, C, C, dtype=dtype, device=q.device) for _ in range(2))
     decay = torch.empty(NC, H, BK, dtype=torch.float32, device=q.device)
     channels = torch.empty(NC, H, BK, dtype=torch.int16, device=q.device)
-    return xq, xk, xg, decay, A, M, channels
+    rows = torch.empty(NC, H, 4, C, dtype=torch.float32, device=q.device)
+    return xq, xk, xg, decay, A, M, channels, rows
 
 
 def chunk_kda(

@@ -1,5 +1,5 @@
 """
-The tiles of a chunk: what each token contributes alone, and the gate's sums (device function of stage 1).
+The tiles of a chunk: what each token contributes alone, and the gate's sums (device functions of stage 1).
 
 With G_i the cumulative log2 decay from the chunk's start to token i (inclusive), G_C that of the whole chunk, q and k
 after l2norm, stage 1 writes for stage 2
@@ -16,7 +16,7 @@ decays between two tokens exactly. Channels that decay further are "wild": for t
 them, and kda_triton_wild does their products. No exponent of what stage 2 sees is positive.
 """
 
-from .kda_triton_math import kda_gate_log2_scaled
+from .kda_triton_math import kda_gate_log2_scaled, kda_sigmoid
 
 try:
     import triton
@@ -33,29 +33,47 @@ SPAN = 192.0
 
 
 @triton.jit
+def kda_rows(
+    q, k, beta, rows, scale, n_t, stride_qt, stride_qk, stride_kt, stride_kk, stride_bt,
+    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, NG: tl.constexpr,
+):  # fmt: skip
+    """Write rows [4, C] = scale / |q|, 1 / |k|, scale q . k of the normalised rows, and beta, of a chunk's tokens."""
+    R: tl.constexpr = C // NG
+    o_nr = tl.arange(0, NG)[:, None] * R + tl.arange(0, R)[None, :]
+    o_t, o_k = o_nr[:, :, None], tl.arange(0, BK)[None, None, :]
+    m_tk = (o_t < n_t) & (o_k < K)
+    b_q = tl.load(q + o_t * stride_qt + o_k * stride_qk, mask=m_tk, other=0.0).to(tl.float32)
+    b_k = tl.load(k + o_t * stride_kt + o_k * stride_kk, mask=m_tk, other=0.0).to(tl.float32)
+    b_rq = tl.rsqrt(tl.sum(b_q * b_q, axis=2) + 1e-6) * scale
+    b_rk = tl.rsqrt(tl.sum(b_k * b_k, axis=2) + 1e-6)
+    tl.store(rows + o_nr, b_rq)
+    tl.store(rows + C + o_nr, b_rk)
+    tl.store(rows + 2 * C + o_nr, tl.sum(b_q * b_k, axis=2) * b_rq * b_rk)
+    b_beta = tl.load(beta + o_nr * stride_bt, mask=o_nr < n_t, other=float("-inf"))
+    tl.store(rows + 3 * C + o_nr, kda_sigmoid(b_beta.to(tl.float32)))
+
+
+@triton.jit
 def kda_tiles(
-    q, k, g, dt_bias, a_head, scale, n_t,
-    xq, xk, xg, decay, channels,
+    q, k, g, dt_bias, a_head, n_t,
+    rows, xq, xk, xg, decay, channels,
     stride_qt, stride_qk, stride_kt, stride_kk, stride_gt, stride_gk,
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, NG: tl.constexpr,
     SPAN: tl.constexpr, SUFFIX_SCAN: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """
-    Write a chunk's tiles and its list of wild channels (module docstring); all pointers are at the chunk's start.
+    Write a chunk's tiles and its list of wild channels (module docstring), given `rows` of kda_rows; all pointers are
+    at the chunk's start.
 
-    Returns the three tiles about h in DTYPE, scale q_i . k_i [C], and the number of wild channels.
+    Returns the three tiles about h in DTYPE and the number of wild channels.
     """
     R: tl.constexpr = C // NG
     # [NG, R, BK]: loads lay the first dimension over threads and keep the second in registers.
-    o_n, o_r, o_k = tl.arange(0, NG)[:, None, None], tl.arange(0, R)[None, :, None], tl.arange(0, BK)
-    o_k3 = o_k[None, None, :]
-    o_t = o_n * R + o_r
+    o_nr, o_k = tl.arange(0, NG)[:, None] * R + tl.arange(0, R)[None, :], tl.arange(0, BK)
+    o_t, o_k3 = o_nr[:, :, None], o_k[None, None, :]
     m_tk = (o_t < n_t) & (o_k3 < K)
     b_g = tl.load(g + o_t * stride_gt + o_k3 * stride_gk, mask=m_tk, other=float("-inf")).to(tl.float32)
-    b_q = tl.load(q + o_t * stride_qt + o_k3 * stride_qk, mask=m_tk, other=0.0)
-    b_k = tl.load(k + o_t * stride_kt + o_k3 * stride_kk, mask=m_tk, other=0.0)
     b_bias = tl.load(dt_bias + o_k, mask=o_k < K, other=0.0).to(tl.float32) * 1.4426950408889634
-
     b_g = kda_gate_log2_scaled(b_g * 1.4426950408889634 + b_bias[None, None, :], a_head)
     b_sum = tl.sum(b_g, axis=1)
     b_total = tl.sum(b_sum, axis=0)
@@ -75,21 +93,19 @@ def kda_tiles(
     b_wild = m_wild.to(tl.int32)
     tl.store(channels + tl.cumsum(b_wild, axis=0) - 1, o_k.to(tl.int16), mask=m_wild)
 
-    b_q = b_q.to(tl.float32)
-    b_k = b_k.to(tl.float32)
-    b_rq = tl.rsqrt(tl.sum(b_q * b_q, axis=2) + 1e-6) * scale
-    b_rk = tl.rsqrt(tl.sum(b_k * b_k, axis=2) + 1e-6)
-    b_qk = tl.sum(b_q * b_k, axis=2) * b_rq * b_rk
     o_x = o_t * BK + o_k3
-    b_q *= b_rq[:, :, None]
+    b_q = tl.load(q + o_t * stride_qt + o_k3 * stride_qk, mask=m_tk, other=0.0).to(tl.float32)
+    b_q *= tl.load(rows + o_nr)[:, :, None]
     b_q *= b_up
     tl.store(xq + o_x, (b_q * b_e).to(DTYPE))
-    b_xq = tl.reshape(b_q.to(DTYPE), [C, BK])
-    b_k *= b_rk[:, :, None]
+    b_k = tl.load(k + o_t * stride_kt + o_k3 * stride_kk, mask=m_tk, other=0.0).to(tl.float32)
+    b_k *= tl.load(rows + C + o_nr)[:, :, None]
     b_up *= b_k
     tl.store(xk + o_x, (-b_up * b_e).to(DTYPE))
-    b_xk = tl.reshape(b_up.to(DTYPE), [C, BK])
     b_k *= tl.exp2(b_down)
     tl.store(xg + o_x, (b_k * b_e).to(DTYPE))
-    b_xg = tl.reshape((b_k * tl.where(m_wild, 0.0, 1.0)[None, None, :]).to(DTYPE), [C, BK])
-    return b_xq, b_xk, b_xg, tl.reshape(b_qk, [C]), tl.sum(b_wild, axis=0)
+    b_k *= tl.where(m_wild, 0.0, 1.0)[None, None, :]
+    b_xq, b_xk, b_xg = (
+        tl.reshape(b_q.to(DTYPE), [C, BK]), tl.reshape(b_up.to(DTYPE), [C, BK]), tl.reshape(b_k.to(DTYPE), [C, BK])
+    )  # fmt: skip
+    return b_xq, b_xk, b_xg, tl.sum(b_wild, axis=0)

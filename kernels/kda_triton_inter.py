@@ -4,14 +4,15 @@ channels.
 
 With the state S [K, V] (fp32, in registers) and the tiles of stage 1
 
-    R = V + xk S                        what the keys' decayed predictions miss (xk holds -k)      [C, BV]
-    U = M R                             the chunk's writes (the paper's pseudo-values)             [C, BV]
+    R = xk S                            the keys' decayed predictions, negated (xk holds -k)       [C, BV]
+    U = M V + M R                       the chunk's writes (the paper's pseudo-values)             [C, BV]
     O = xq S + A U                      outputs
     S = diag(decay) S + xg^T U          state behind the chunk
 
 (Kimi Linear, arXiv 2510.26692, eqs. 8-9.) Everything is computed transposed, V first: then state, R and U are the left
 operands of all products, which tensor cores take from registers as other products leave them there, and nothing of the
-chain from state to state passes through shared memory. Products take operands in the inputs' dtype and sum in fp32; the
+chain from state to state passes through shared memory. M V apart from M R takes V as it lies in shared memory, and exact.
+Products take operands in the inputs' dtype and sum in fp32; the
 state itself is only ever rounded as an operand.
 """
 
@@ -88,8 +89,9 @@ def kda_inter_fwd_kernel(
         b_decay = tl.load(decay + o_k)
 
         b_s1 = b_s.to(DTYPE)
-        b_r = tl.trans(b_v).to(tl.float32) + kda_dot(b_s1, tl.trans(b_xk), None, DTYPE, PRECISION, UPCAST)
-        b_u = kda_dot(b_r, tl.trans(b_M), None, DTYPE, PRECISION, UPCAST).to(DTYPE)
+        b_r = kda_dot(b_s1, tl.trans(b_xk), None, DTYPE, PRECISION, UPCAST)
+        b_u = kda_dot(tl.trans(b_v), tl.trans(b_M), None, DTYPE, PRECISION, UPCAST)
+        b_u = kda_dot(b_r, tl.trans(b_M), b_u, DTYPE, PRECISION, UPCAST).to(DTYPE)
         b_o = kda_dot(b_s1, tl.trans(b_xq), None, DTYPE, PRECISION, UPCAST)
         b_s = kda_dot(b_u, b_xg, b_s * b_decay[None, :], DTYPE, PRECISION, UPCAST)
         b_o = kda_dot(b_u, tl.trans(b_A), b_o, DTYPE, PRECISION, UPCAST)

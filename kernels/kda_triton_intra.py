@@ -22,10 +22,10 @@ tiles (11 bits; the entries of M and L lie within [-1, 1] as |k| = 1, beta <= 1)
 import torch
 
 from .kda_triton_configs import KdaIntraConfig, launch_options
-from .kda_triton_gate import NG, SPAN, kda_tiles
+from .kda_triton_gate import NG, SPAN, kda_rows, kda_tiles
 from .kda_triton_index import kda_chunk_place
-from .kda_triton_math import kda_dot, kda_sigmoid
-from .kda_triton_wild import BASE, FLOOR, kda_row_norms, kda_wild_slice
+from .kda_triton_math import kda_dot
+from .kda_triton_wild import BASE, FLOOR, kda_wild_slice
 
 try:
     import triton
@@ -67,7 +67,7 @@ def kda_invert(b_L, o_c, NR: tl.constexpr, NS: tl.constexpr, DTYPE: tl.constexpr
 @triton.jit(do_not_specialize=["T", "NT", "t_begin"])
 def kda_intra_fwd_kernel(
     q, k, g, beta, A_log, dt_bias,
-    xq, xk, xg, decay, A, M, channels,
+    xq, xk, xg, decay, A, M, channels, rows,
     cu_seqlens, chunk_offsets, chunk_seq,
     scale, T, NT, t_begin,
     stride_qb, stride_qt, stride_qh, stride_qk,
@@ -80,7 +80,7 @@ def kda_intra_fwd_kernel(
     DTYPE: tl.constexpr, INVERSE_DTYPE: tl.constexpr, PRECISION: tl.constexpr, SUFFIX_SCAN: tl.constexpr,
     PACKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """See the module docstring; `channels` [NC, H, BK] is scratch."""
+    """See the module docstring; `channels` [NC, H, BK] and `rows` [NC, H, 4, C] are scratch."""
     i_c, i_h = tl.program_id(0), tl.program_id(1)
     i_b, t0, n_t = kda_chunk_place(cu_seqlens, chunk_offsets, chunk_seq, i_c, T, NT, t_begin, C, PACKED)
     if n_t <= 0:
@@ -96,9 +96,12 @@ def kda_intra_fwd_kernel(
     xg += i_tile * (C * BK)
     decay += i_tile * BK
     channels += i_tile * BK
+    rows += i_tile * (4 * C)
     a_head = tl.exp(tl.load(A_log + i_h).to(tl.float32))
-    b_xq, b_xk, b_xg, b_qk, n_wild = kda_tiles(
-        q, k, g, dt_bias, a_head, scale, n_t, xq, xk, xg, decay, channels,
+    kda_rows(q, k, beta, rows, scale, n_t, stride_qt, stride_qk, stride_kt, stride_kk, stride_bt, K, BK, C, NG)
+    tl.debug_barrier()  # `rows` was written by other threads
+    b_xq, b_xk, b_xg, n_wild = kda_tiles(
+        q, k, g, dt_bias, a_head, n_t, rows, xq, xk, xg, decay, channels,
         stride_qt, stride_qk, stride_kt, stride_kk, stride_gt, stride_gk, K, BK, C, NG, SPAN, SUFFIX_SCAN, DTYPE,
     )  # fmt: skip
     b_xg = tl.trans(b_xg)
@@ -109,24 +112,23 @@ def kda_intra_fwd_kernel(
     b_L = tl.where(m_lower, b_L, 0.0)
     b_A = tl.where(m_lower, b_A, 0.0)
     if n_wild > 0:
-        b_rq, b_rk = kda_row_norms(q, k, o_c, n_t, stride_qt, stride_qk, stride_kt, stride_kk, K, BK, BKW)
         tl.debug_barrier()  # `channels` was written by other threads
+        b_rq, b_rk = tl.load(rows + o_c), tl.load(rows + C + o_c)
         for i_k in tl.range(0, n_wild, BKW, num_stages=1):
             o_w = i_k + tl.arange(0, BKW)
             o_k = tl.load(channels + o_w, mask=o_w < n_wild, other=K).to(tl.int32)
             # A zero (n_t < 2^30) that varies with the slice, or the compiler holds the masks in registers.
             o_z = o_c ^ ((n_t + i_k) >> 30)
             b_L, b_A = kda_wild_slice(
-                q, k, g, dt_bias, a_head, b_rq * scale, b_rk, b_L, b_A, o_z, o_k, n_t,
+                q, k, g, dt_bias, a_head, b_rq, b_rk, b_L, b_A, o_z, o_k, n_t,
                 stride_qt, stride_qk, stride_kt, stride_kk, stride_gt, stride_gk,
                 K, FLOOR, BASE, NS, DTYPE, PRECISION, UPCAST,
             )  # fmt: skip
 
     # The diagonal needs no decay: in fp32 it spares the outputs two roundings of their largest term.
     o_cc = i_tile * (C * C) + (o_c[:, None] * C + o_c[None, :])
-    tl.store(A + o_cc, tl.where(o_c[:, None] == o_c[None, :], b_qk[:, None], b_A).to(DTYPE))
-    b_beta = tl.load(beta + o_c * stride_bt, mask=o_c < n_t, other=float("-inf"))
-    b_beta = kda_sigmoid(b_beta.to(tl.float32))
+    tl.store(A + o_cc, tl.where(o_c[:, None] == o_c[None, :], tl.load(rows + 2 * C + o_c)[:, None], b_A).to(DTYPE))
+    b_beta = tl.load(rows + 3 * C + o_c)
     b_M = kda_invert(b_L * b_beta[:, None], o_c, NR, NS, INVERSE_DTYPE, PRECISION) * b_beta[None, :]
     tl.store(M + o_cc, b_M.to(DTYPE))
 
@@ -147,8 +149,8 @@ def kda_intra_fwd(
     upcast: bool,
 ) -> None:
     """
-    Fill `tiles` = xq, xk, xg [NC, H, C, BK], decay [NC, H, BK], A, M [NC, H, C, C], channels [NC, H, BK] for
-    NC chunks.
+    Fill `tiles` = xq, xk, xg [NC, H, C, BK], decay [NC, H, BK], A, M [NC, H, C, C], channels [NC, H, BK], rows
+    [NC, H, 4, C] for NC chunks.
 
     Without `index` the chunks are those of tokens t_begin .. t_begin + NT C of every batch row, row by row; with
     `index` = (cu_seqlens, chunk_offsets, chunk_seq) they are the packed sequences' (see kda_triton_index).

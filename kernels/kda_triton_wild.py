@@ -79,21 +79,3 @@ def kda_wild_slice(
     b_g = kda_gate_log2(b_g + tl.load(dt_bias + o_k, mask=o_k < K, other=0.0).to(tl.float32), a_head)
     b_g = tl.where(b_g < -FLOOR, -FLOOR, b_g)
     return kda_levels(b_q, b_k, b_g, b_L, b_A, o_x, BASE, NS, DTYPE, PRECISION, UPCAST)
-
-
-@triton.jit
-def kda_row_norms(
-    q, k, o_x, n_t, stride_qt, stride_qk, stride_kt, stride_kk,
-    K: tl.constexpr, BK: tl.constexpr, BKS: tl.constexpr,
-):  # fmt: skip
-    """1/|q|, 1/|k| [C] of the tokens `o_x`."""
-    b_qq = tl.zeros(o_x.shape, tl.float32)
-    b_kk = tl.zeros(o_x.shape, tl.float32)
-    for i_k in range(0, BK, BKS):
-        o_k = i_k + tl.arange(0, BKS)[None, :]
-        m_tk = (o_x < n_t)[:, None] & (o_k < K)
-        b_q = tl.load(q + o_x[:, None] * stride_qt + o_k * stride_qk, mask=m_tk, other=0.0).to(tl.float32)
-        b_k = tl.load(k + o_x[:, None] * stride_kt + o_k * stride_kk, mask=m_tk, other=0.0).to(tl.float32)
-        b_qq += tl.sum(b_q * b_q, axis=1)
-        b_kk += tl.sum(b_k * b_k, axis=1)
-    return tl.rsqrt(b_qq + 1e-6), tl.rsqrt(b_kk + 1e-6)
