@@ -19,8 +19,9 @@ from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from .kda_checks import check_kda_inputs
+from .kda_checks import check_cu_seqlens, check_kda_inputs
 from .kda_triton_configs import gpu_class, inter_config, intra_config, padded, step_config
 from .kda_triton_index import kda_index_fwd
 from .kda_triton_inter import kda_inter_fwd
@@ -39,6 +40,8 @@ _NAMESPACE = "kda_" + re.sub(r"\W", "_", __name__)
 # memory.
 _SEGMENT_TOKENS = 32768
 
+# Boundaries of packed sequences whose values were read and found right: tensor -> (version, tokens).
+_CHECKED = WeakTensorKeyDictionary()
 
 # Widest head the kernels take: a program holds a head's keys, and in the decode step its whole state, in registers.
 MAX_HEAD_DIM = 256
@@ -96,7 +99,7 @@ def _chunk_kda_fwd(
         return o, state
     dtype = str(q.dtype).removeprefix("torch.")
     intra = intra_config(_gpu(q.device), K, dtype)
-    inter = inter_config(_gpu(q.device), K, V, dtype, N * H)
+    inter = inter_config(_gpu(q.device), K, V, dtype)
     C, upcast = intra.C, _interpreted() and q.dtype == torch.bfloat16
     with _on(q.device):
         if cu_seqlens is not None:
@@ -167,14 +170,17 @@ def chunk_kda(
         dt_bias: H * K elements, head-major.
         scale: of the outputs; K ** -0.5 if None.
         initial_state: [N, H, K, V], or None for zeros; N is B, or the number of packed sequences.
-        cu_seqlens: [N + 1] integer boundaries of packed sequences (B must be 1); read on the device only.
+        cu_seqlens: [N + 1] integer boundaries of packed sequences (B must be 1). A GPU's values are read back to be
+            checked, once for a tensor, and not in compiled graphs or while a CUDA graph is captured; the kernels read
+            them on the device.
         output_final_state: whether to return the state behind the last token.
 
     Returns:
         o [B, T, H, V] in v's dtype, and the final state [N, H, K, V] fp32 or None.
 
     Raises:
-        ValueError: if shapes, dtypes or devices don't fit, or the tensors are on a device Triton does not serve.
+        ValueError: if shapes, dtypes or devices don't fit, cu_seqlens does not rise from 0 to T, or the tensors are on
+            a device Triton does not serve.
     """
     check_kda_inputs(q, k, v, g, beta, A_log=A_log, dt_bias=dt_bias, initial_state=initial_state, cu_seqlens=cu_seqlens)
     _check_device(q)
@@ -182,12 +188,25 @@ def chunk_kda(
         raise ValueError(f"q must be float32, float16 or bfloat16, got {q.dtype}")
     if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
         raise ValueError(f"K and V must be at most {MAX_HEAD_DIM}, got {q.shape[-1]} and {v.shape[-1]}")
+    if cu_seqlens is not None and cu_seqlens.device.type != "cpu":
+        _check_boundaries(cu_seqlens, q.shape[1])
     if initial_state is not None:
         initial_state = initial_state.float().contiguous()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     A_log, dt_bias = A_log.reshape(-1), dt_bias.reshape(-1)
     o, state = _chunk_kda_fwd(q, k, v, g, beta, A_log, dt_bias, scale, initial_state, cu_seqlens)
     return o, state if output_final_state else None
+
+
+def _check_boundaries(cu_seqlens: torch.Tensor, T: int) -> None:
+    """Read the values back once for a tensor (all layers of a model pass the same), where reading is possible."""
+    if torch.compiler.is_compiling() or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    # Tensors made in inference mode don't count their changes.
+    version = None if cu_seqlens.is_inference() else cu_seqlens._version
+    if version is None or _CHECKED.get(cu_seqlens) != (version, T):
+        check_cu_seqlens(cu_seqlens.cpu(), 1, T)
+        _CHECKED[cu_seqlens] = (version, T)
 
 
 def _check_device(x: torch.Tensor) -> None:

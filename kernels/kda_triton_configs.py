@@ -13,11 +13,12 @@ CLASSES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 class KdaIntraConfig(NamedTuple):
     """
-    Stage 1. C: tokens per chunk, BKW: wild channels at a time, precision: of products of fp32
-    tiles, maxnreg: registers a thread may take, None for no bound.
+    Stage 1. C: tokens per chunk, NG: groups of tokens (rows of one load), BKW: wild channels at a time, precision: of
+    products of fp32 tiles, maxnreg: registers a thread may take, None for no bound.
     """
 
     C: int
+    NG: int
     BKW: int
     num_warps: int
     precision: str
@@ -74,13 +75,15 @@ def intra_config(gpu: str, K: int, dtype: str) -> KdaIntraConfig:
     # Stage 2 holds chunks' tiles in shared memory, of which an AMD workgroup has 64 KiB, sm_80 163 and sm_90 227.
     row = BK * (2 if dtype == "bfloat16" else 4)
     C = 64 if row <= (128 if gpu == "gfx942" else 256) else 32
-    return KdaIntraConfig(C, 16, 4, precision)
+    loaded = 4 * 32 * 16 // (BK * (4 if dtype == "float32" else 2))  # rows: 4 warps, 16 bytes a thread
+    return KdaIntraConfig(C, min(C, loaded), 16, 4, precision)
 
 
-def inter_config(gpu: str, K: int, V: int, dtype: str, sequences: int) -> KdaInterConfig:
-    """Stage 2 for `sequences` = sequences times heads."""
+def inter_config(gpu: str, K: int, V: int, dtype: str) -> KdaInterConfig:
+    """Stage 2 for head sizes K, V and inputs of `dtype`."""
     BK, wide = padded(K), dtype != "bfloat16"
-    BV = min(padded(V), 16 if wide and BK > 64 else 32 if wide or BK > 128 else 64)
+    # The state, its rounded copy and the sums share the registers; the old tensor cores also take operands from them.
+    BV = min(padded(V), 16 if wide and BK > 64 else 32 if wide or BK > 128 or gpu == "sm_80" else 64)
     stages = 1 if gpu == "gfx942" else 2 if wide or BK > 128 or gpu == "sm_80" else 3
     return KdaInterConfig(BV, 4, stages, _precision(gpu, dtype))
 

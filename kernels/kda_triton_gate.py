@@ -14,6 +14,9 @@ and keeps for the products inside the chunk the same factors about another refer
 where the chunk's decay is within SPAN: every factor stays within 2^(SPAN/2), and (xq exp2(-h)) (xg exp2(-h))^T are the
 decays between two tokens exactly. Channels that decay further are "wild": for them the last tile is 0, `channels` lists
 them, and kda_triton_wild does their products. No exponent of what stage 2 sees is positive.
+
+A chunk is NG groups of successive tokens. Loads take its rows so that a thread gets whole groups, where scans cost
+nothing: NG is the number of rows that one load instruction of the program covers.
 """
 
 from .kda_triton_math import kda_gate_log2_scaled, kda_sigmoid
@@ -24,9 +27,6 @@ try:
 except ImportError:
     from .kda_triton_absent import tl, triton
 
-# Groups of successive tokens in a chunk: a group's tokens sit in one thread's registers, where scans cost nothing, and
-# the groups are the rows of one load of four warps where K = 128.
-NG = 8
 # Log2 decay of a channel over a chunk up to which one reference serves: its factors stay within 2^96, with room below
 # for small entries of q and k.
 SPAN = 192.0
@@ -35,22 +35,28 @@ SPAN = 192.0
 @triton.jit
 def kda_rows(
     q, k, beta, rows, scale, n_t, stride_qt, stride_qk, stride_kt, stride_kk, stride_bt,
-    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, NG: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Write rows [4, C] = scale / |q|, 1 / |k|, scale q . k of the normalised rows, and beta, of a chunk's tokens."""
-    R: tl.constexpr = C // NG
-    o_nr = tl.arange(0, NG)[:, None] * R + tl.arange(0, R)[None, :]
-    o_t, o_k = o_nr[:, :, None], tl.arange(0, BK)[None, None, :]
+    o_c, o_k = tl.arange(0, C), tl.arange(0, BK)[None, :]
+    o_t = o_c[:, None]
     m_tk = (o_t < n_t) & (o_k < K)
     b_q = tl.load(q + o_t * stride_qt + o_k * stride_qk, mask=m_tk, other=0.0).to(tl.float32)
     b_k = tl.load(k + o_t * stride_kt + o_k * stride_kk, mask=m_tk, other=0.0).to(tl.float32)
-    b_rq = tl.rsqrt(tl.sum(b_q * b_q, axis=2) + 1e-6) * scale
-    b_rk = tl.rsqrt(tl.sum(b_k * b_k, axis=2) + 1e-6)
-    tl.store(rows + o_nr, b_rq)
-    tl.store(rows + C + o_nr, b_rk)
-    tl.store(rows + 2 * C + o_nr, tl.sum(b_q * b_k, axis=2) * b_rq * b_rk)
-    b_beta = tl.load(beta + o_nr * stride_bt, mask=o_nr < n_t, other=float("-inf"))
-    tl.store(rows + 3 * C + o_nr, kda_sigmoid(b_beta.to(tl.float32)))
+    b_rq = tl.rsqrt(tl.sum(b_q * b_q, axis=1) + 1e-6) * scale
+    b_rk = tl.rsqrt(tl.sum(b_k * b_k, axis=1) + 1e-6)
+    tl.store(rows + o_c, b_rq)
+    tl.store(rows + C + o_c, b_rk)
+    tl.store(rows + 2 * C + o_c, tl.sum(b_q * b_k, axis=1) * b_rq * b_rk)
+    b_beta = tl.load(beta + o_c * stride_bt, mask=o_c < n_t, other=float("-inf"))
+    tl.store(rows + 3 * C + o_c, kda_sigmoid(b_beta.to(tl.float32)))
+
+
+@triton.jit
+def kda_in_order(b_x, NG: tl.constexpr):
+    """Rows n, n + NG, ... of group n as rows of successive tokens."""
+    C: tl.constexpr = b_x.shape[0]
+    return tl.reshape(tl.permute(tl.reshape(b_x, [C // NG, NG, b_x.shape[1]]), (1, 0, 2)), [C, b_x.shape[1]])
 
 
 @triton.jit
@@ -68,44 +74,47 @@ def kda_tiles(
     Returns the three tiles about h in DTYPE and the number of wild channels.
     """
     R: tl.constexpr = C // NG
-    # [NG, R, BK]: loads lay the first dimension over threads and keep the second in registers.
-    o_nr, o_k = tl.arange(0, NG)[:, None] * R + tl.arange(0, R)[None, :], tl.arange(0, BK)
-    o_t, o_k3 = o_nr[:, :, None], o_k[None, None, :]
-    m_tk = (o_t < n_t) & (o_k3 < K)
-    b_g = tl.load(g + o_t * stride_gt + o_k3 * stride_gk, mask=m_tk, other=float("-inf")).to(tl.float32)
+    o_x, o_k = tl.arange(0, C), tl.arange(0, BK)
+    o_x = (o_x % NG) * R + o_x // NG  # token of a row: rows n, n + NG, ... are group n's, and one thread's
+    o_t, o_k2 = o_x[:, None], o_k[None, :]
+    m_tk = (o_t < n_t) & (o_k2 < K)
+    b_g = tl.load(g + o_t * stride_gt + o_k2 * stride_gk, mask=m_tk, other=float("-inf")).to(tl.float32)
     b_bias = tl.load(dt_bias + o_k, mask=o_k < K, other=0.0).to(tl.float32) * 1.4426950408889634
-    b_g = kda_gate_log2_scaled(b_g * 1.4426950408889634 + b_bias[None, None, :], a_head)
-    b_sum = tl.sum(b_g, axis=1)
+    b_g = kda_gate_log2_scaled(b_g * 1.4426950408889634 + b_bias[None, :], a_head)
+    b_g = tl.reshape(b_g, [R, NG, BK])
+    b_sum = tl.sum(b_g, axis=0)
     b_total = tl.sum(b_sum, axis=0)
     m_wild = b_total < -SPAN
     b_h = tl.where(m_wild, 0.0, 0.5 * b_total)
     b_before = tl.cumsum(b_sum, axis=0) - b_sum  # of the groups before
-    b_up = tl.cumsum(b_g, axis=1) + (b_before - b_h[None, :])[:, None, :]
+    b_up = tl.cumsum(b_g, axis=0) + (b_before - b_h[None, :])[None, :, :]
     if SUFFIX_SCAN:
         # Summed from the end: total less prefix cancels by up to 1e-4 in wild channels, which only fp32 can see.
         b_behind = tl.cumsum(b_sum, axis=0, reverse=True) - b_sum - b_h[None, :]
-        b_down = tl.cumsum(b_g, axis=1, reverse=True) - b_g + b_behind[:, None, :]
+        b_down = tl.reshape(tl.cumsum(b_g, axis=0, reverse=True) - b_g + b_behind[None, :, :], [C, BK])
+        b_up = tl.reshape(b_up, [C, BK])
     else:
-        b_down = tl.where(m_wild, b_total, 0.0)[None, None, :] - b_up
+        b_up = tl.reshape(b_up, [C, BK])
+        b_down = tl.where(m_wild, b_total, 0.0)[None, :] - b_up
     b_up = tl.exp2(b_up)
-    b_e = tl.exp2(b_h)[None, None, :]
+    b_e = tl.exp2(b_h)[None, :]
     tl.store(decay + o_k, tl.exp2(b_total))
     b_wild = m_wild.to(tl.int32)
     tl.store(channels + tl.cumsum(b_wild, axis=0) - 1, o_k.to(tl.int16), mask=m_wild)
 
-    o_x = o_t * BK + o_k3
-    b_q = tl.load(q + o_t * stride_qt + o_k3 * stride_qk, mask=m_tk, other=0.0).to(tl.float32)
-    b_q *= tl.load(rows + o_nr)[:, :, None]
+    o_tk = o_t * BK + o_k2
+    b_q = tl.load(q + o_t * stride_qt + o_k2 * stride_qk, mask=m_tk, other=0.0).to(tl.float32)
+    b_q *= tl.load(rows + o_x)[:, None]
     b_q *= b_up
-    tl.store(xq + o_x, (b_q * b_e).to(DTYPE))
-    b_k = tl.load(k + o_t * stride_kt + o_k3 * stride_kk, mask=m_tk, other=0.0).to(tl.float32)
-    b_k *= tl.load(rows + C + o_nr)[:, :, None]
+    tl.store(xq + o_tk, (b_q * b_e).to(DTYPE))
+    b_k = tl.load(k + o_t * stride_kt + o_k2 * stride_kk, mask=m_tk, other=0.0).to(tl.float32)
+    b_k *= tl.load(rows + C + o_x)[:, None]
     b_up *= b_k
-    tl.store(xk + o_x, (-b_up * b_e).to(DTYPE))
+    tl.store(xk + o_tk, (-b_up * b_e).to(DTYPE))
     b_k *= tl.exp2(b_down)
-    tl.store(xg + o_x, (b_k * b_e).to(DTYPE))
-    b_k *= tl.where(m_wild, 0.0, 1.0)[None, None, :]
-    b_xq, b_xk, b_xg = (
-        tl.reshape(b_q.to(DTYPE), [C, BK]), tl.reshape(b_up.to(DTYPE), [C, BK]), tl.reshape(b_k.to(DTYPE), [C, BK])
+    tl.store(xg + o_tk, (b_k * b_e).to(DTYPE))
+    b_k *= tl.where(m_wild, 0.0, 1.0)[None, :]
+    return (
+        kda_in_order(b_q.to(DTYPE), NG), kda_in_order(b_up.to(DTYPE), NG), kda_in_order(b_k.to(DTYPE), NG),
+        tl.sum(b_wild, axis=0),
     )  # fmt: skip
-    return b_xq, b_xk, b_xg, tl.sum(b_wild, axis=0)

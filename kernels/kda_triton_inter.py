@@ -11,9 +11,8 @@ With the state S [K, V] (fp32, in registers) and the tiles of stage 1
 
 (Kimi Linear, arXiv 2510.26692, eqs. 8-9.) Everything is computed transposed, V first: then state, R and U are the left
 operands of all products, which tensor cores take from registers as other products leave them there, and nothing of the
-chain from state to state passes through shared memory. M V apart from M R takes V as it lies in shared memory, and exact.
-Products take operands in the inputs' dtype and sum in fp32; the
-state itself is only ever rounded as an operand.
+chain from state to state passes through shared memory. M V apart from M R takes V as it lies in shared memory, and
+exact. Products take operands in the inputs' dtype and sum in fp32; the state itself is only ever rounded as an operand.
 """
 
 import torch

@@ -22,7 +22,7 @@ tiles (11 bits; the entries of M and L lie within [-1, 1] as |k| = 1, beta <= 1)
 import torch
 
 from .kda_triton_configs import KdaIntraConfig, launch_options
-from .kda_triton_gate import NG, SPAN, kda_rows, kda_tiles
+from .kda_triton_gate import SPAN, kda_rows, kda_tiles
 from .kda_triton_index import kda_chunk_place
 from .kda_triton_math import kda_dot
 from .kda_triton_wild import BASE, FLOOR, kda_wild_slice
@@ -35,31 +35,31 @@ except ImportError:
 
 
 @triton.jit
-def kda_level_places(o_c, s: tl.constexpr, NR: tl.constexpr):
+def kda_level_places(o_c, s: tl.constexpr):
     """
     1.0 where the row's token is in the upper and the column's in the lower half of a block of 2^(s+1) tokens, else 0.0.
 
-    Said with a token's high and low bits (NR low ones), the masks of many elements are equal and computed once.
+    Said with a token's high and low bits (three low ones), the masks of many elements are equal and computed once.
     """
-    o_n, o_r = o_c >> NR, o_c & ((1 << NR) - 1)
-    if s < NR:
+    o_n, o_r = o_c >> 3, o_c & 7
+    if s < 3:
         i_x, j_x, shift = o_r[:, None], o_r[None, :], s
     else:
-        i_x, j_x, shift = o_n[:, None], o_n[None, :], s - NR
+        i_x, j_x, shift = o_n[:, None], o_n[None, :], s - 3
     b_places = tl.where((((i_x ^ j_x) >> shift) == 1) & (((i_x >> shift) & 1) == 1), 1.0, 0.0)
-    if s < NR:
+    if s < 3:
         b_places *= tl.where(o_n[:, None] == o_n[None, :], 1.0, 0.0)
     return b_places
 
 
 @triton.jit
-def kda_invert(b_L, o_c, NR: tl.constexpr, NS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+def kda_invert(b_L, o_c, NS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """(I + L)^-1 for strictly lower L [C, C]; NS = log2(C) levels."""
     b_N = (-b_L).to(DTYPE)
-    b_M = tl.where(o_c[:, None] == o_c[None, :], 1.0, -b_L * kda_level_places(o_c, 0, NR))
+    b_M = tl.where(o_c[:, None] == o_c[None, :], 1.0, -b_L * kda_level_places(o_c, 0))
     for s in tl.static_range(1, NS):
         # A product with 0 or 1: the compiler would round the sides of a select one by one.
-        b_Y = kda_dot(b_N, b_M, None, DTYPE, PRECISION, False) * kda_level_places(o_c, s, NR)
+        b_Y = kda_dot(b_N, b_M, None, DTYPE, PRECISION, False) * kda_level_places(o_c, s)
         b_M = kda_dot(b_M, b_Y, b_M, DTYPE, PRECISION, False)
     return b_M
 
@@ -75,7 +75,7 @@ def kda_intra_fwd_kernel(
     stride_gb, stride_gt, stride_gh, stride_gk,
     stride_bb, stride_bt, stride_bh,
     H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BKW: tl.constexpr,
-    C: tl.constexpr, NG: tl.constexpr, NR: tl.constexpr, NS: tl.constexpr,
+    C: tl.constexpr, NG: tl.constexpr, NS: tl.constexpr,
     SPAN: tl.constexpr, FLOOR: tl.constexpr, BASE: tl.constexpr,
     DTYPE: tl.constexpr, INVERSE_DTYPE: tl.constexpr, PRECISION: tl.constexpr, SUFFIX_SCAN: tl.constexpr,
     PACKED: tl.constexpr, UPCAST: tl.constexpr,
@@ -98,7 +98,7 @@ def kda_intra_fwd_kernel(
     channels += i_tile * BK
     rows += i_tile * (4 * C)
     a_head = tl.exp(tl.load(A_log + i_h).to(tl.float32))
-    kda_rows(q, k, beta, rows, scale, n_t, stride_qt, stride_qk, stride_kt, stride_kk, stride_bt, K, BK, C, NG)
+    kda_rows(q, k, beta, rows, scale, n_t, stride_qt, stride_qk, stride_kt, stride_kk, stride_bt, K, BK, C)
     tl.debug_barrier()  # `rows` was written by other threads
     b_xq, b_xk, b_xg, n_wild = kda_tiles(
         q, k, g, dt_bias, a_head, n_t, rows, xq, xk, xg, decay, channels,
@@ -117,10 +117,8 @@ def kda_intra_fwd_kernel(
         for i_k in tl.range(0, n_wild, BKW, num_stages=1):
             o_w = i_k + tl.arange(0, BKW)
             o_k = tl.load(channels + o_w, mask=o_w < n_wild, other=K).to(tl.int32)
-            # A zero (n_t < 2^30) that varies with the slice, or the compiler holds the masks in registers.
-            o_z = o_c ^ ((n_t + i_k) >> 30)
             b_L, b_A = kda_wild_slice(
-                q, k, g, dt_bias, a_head, b_rq, b_rk, b_L, b_A, o_z, o_k, n_t,
+                q, k, g, dt_bias, a_head, b_rq, b_rk, b_L, b_A, o_c, o_k, n_t,
                 stride_qt, stride_qk, stride_kt, stride_kk, stride_gt, stride_gk,
                 K, FLOOR, BASE, NS, DTYPE, PRECISION, UPCAST,
             )  # fmt: skip
@@ -129,7 +127,7 @@ def kda_intra_fwd_kernel(
     o_cc = i_tile * (C * C) + (o_c[:, None] * C + o_c[None, :])
     tl.store(A + o_cc, tl.where(o_c[:, None] == o_c[None, :], tl.load(rows + 2 * C + o_c)[:, None], b_A).to(DTYPE))
     b_beta = tl.load(rows + 3 * C + o_c)
-    b_M = kda_invert(b_L * b_beta[:, None], o_c, NR, NS, INVERSE_DTYPE, PRECISION) * b_beta[None, :]
+    b_M = kda_invert(b_L * b_beta[:, None], o_c, NS, INVERSE_DTYPE, PRECISION) * b_beta[None, :]
     tl.store(M + o_cc, b_M.to(DTYPE))
 
 
@@ -165,7 +163,7 @@ def kda_intra_fwd(
         scale, T, NT, t_begin,
         *q.stride(), *k.stride(), *g.stride(), *beta.stride(),
         H=H, K=K, BK=BK, BKW=config.BKW,
-        C=C, NG=NG, NR=(C // NG).bit_length() - 1, NS=NS,
+        C=C, NG=config.NG, NS=NS,
         SPAN=SPAN, FLOOR=FLOOR, BASE=min(BASE, NS),
         DTYPE=tl.bfloat16 if bf16 else tl.float32, INVERSE_DTYPE=tl.float16 if bf16 else tl.float32,
         PRECISION=config.precision, SUFFIX_SCAN=q.dtype == torch.float32,
