@@ -1,16 +1,21 @@
 """
 Tables of the KDA kernels: `python -m benchmarks.kda` (forward and decode step), on one GPU.
 
-Each case is timed in two gate regimes and compared with a float64 recurrence; fla, where it is installed, does the
-same work (gate, l2norm, sigmoid in its kernels, final state) in the same run. Results go to a JSON file with device,
-versions and date.
+Each case is timed in two gate regimes, as called and as a CUDA graph, and compared with a float64 recurrence; fla,
+where it is installed, does the same work (gate, l2norm, sigmoid in its kernels, final state) in the same run. The first
+call of a process with an empty compile cache is timed too. Results go to a JSON file with device, versions and date;
+`python -m benchmarks.plot_kda` draws them.
 """
 
 import argparse
 import datetime
 import json
 import math
+import os
 import platform
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -110,10 +115,10 @@ STEP = [(1, 0.012), (8, 0.018), (64, 0.075), (256, 0.29)]
 
 
 def forward_counts(B: int, T: int, H: int, K: int = 128, V: int = 128, C: int = 64) -> tuple[float, float]:
-    """Bytes that must move (q, k, g, v, o in bf16, beta; once each) and FLOPs of the three stages' products."""
+    """Bytes that must move (q, k, g, v, o in bf16, beta; once each) and FLOPs of the two stages' products."""
     tokens = B * T * H
     products = 2 * 2 * C * K + 2 * 5 * 2 * C * C  # A and L; inverse: two C^3 products a level
-    products += 2 * 2 * K * V + 2 * 2 * C * V + 2 * K * V  # xk S, xq S; M R, A U; xg^T U
+    products += 2 * 2 * K * V + 3 * 2 * C * V + 2 * K * V  # xk S, xq S; M V, M R, A U; xg^T U
     return tokens * 2.0 * (3 * K + 2 * V + 1), tokens * float(products)
 
 
@@ -124,14 +129,19 @@ def ragged(T: int, N: int) -> torch.Tensor:
     return torch.cat([torch.zeros(1), cuts, torch.full((1,), T)]).int().cuda()
 
 
-def forward_rows(peers: bool, errors: bool) -> list[dict]:
+def forward_rows(peers: bool, errors: bool, only: str) -> list[dict]:
     rows = []
     for regime in REGIMES:
         for B, T, H, N, goal in FORWARD:
+            case = f"{B}x{T}x{H}" + (f" packed {N}" if N else "")
+            if only not in case:
+                continue
             x = inputs(regime, B, T, H)
             cu = ragged(T, N) if N else None
-            row = {"case": f"{B}x{T}x{H}" + (f" packed {N}" if N else ""), "regime": regime, "goal_ms": goal}
-            row["ms"] = median(lambda x=x, cu=cu: chunk_kda(**x, cu_seqlens=cu, output_final_state=True))
+            row = {"case": case, "regime": regime, "goal_ms": goal}
+            run = lambda x=x, cu=cu: chunk_kda(**x, cu_seqlens=cu, output_final_state=True)  # noqa: E731
+            row["ms"] = median(run)
+            row["graph_ms"] = graph_ms([run])
             size, flops = forward_counts(B, T, H)
             row["GB/s"] = round(size / row["ms"][0] / 1e6)
             row["TFLOP/s"] = round(flops / row["ms"][0] / 1e9, 1)
@@ -205,11 +215,8 @@ def tune() -> dict:
     """Time the candidates of each stage on one case and take the best ones for the rest of the run."""
     c = kda_triton_configs
     x = inputs("released", 1, 8192, 32)
-    wide = inputs("tame", 8, 1024, 32)
-    bf16 = {"K": 128, "dtype": "bfloat16"}
-    gate, (tame, wild) = c.gate_config("sm_90", **bf16), c.intra_config("sm_90", **bf16)
+    intra, inter = c.intra_config("sm_90", 128, "bfloat16"), c.inter_config("sm_90", 128, 128, "bfloat16")
     step = c.step_config(128, 128)
-    inter = c.inter_config("sm_90", 128, 128, "bfloat16", 256)
     found = {}
 
     def choose(name: str, configs: list, measure) -> None:
@@ -222,23 +229,26 @@ def tune() -> dict:
         setattr(kda_triton, name, lambda *args: best)
         found[name] = {str(k): v for k, v in times.items()}
 
-    forward = lambda x=x: median(lambda: chunk_kda(**x), rep=25)[0]  # noqa: E731
-    choose(
-        "gate_config",
-        [gate, *(gate._replace(num_warps=w, maxnreg=m) for w, m in ((8, None), (8, 128), (8, 168)))],
-        forward,
-    )
-    candidates = [(tame._replace(maxnreg=m), wild) for m in (None, 168, 128)]
-    candidates += [(tame, w) for w in (wild._replace(BKS=128), wild._replace(num_warps=8))]
-    choose("intra_config", candidates, forward)
-    saved = kda_triton.inter_config
-    choose("inter_config", [inter._replace(BV=v, num_stages=s) for v, s in ((64, 2), (32, 3))], lambda: forward(wide))
-    kda_triton.inter_config = saved
+    forward = lambda: median(lambda: chunk_kda(**x), rep=25)[0]  # noqa: E731
+    wide = intra._replace(NG=2 * intra.NG, num_warps=8)
+    choose("intra_config", [intra, intra._replace(maxnreg=168), wide, wide._replace(maxnreg=128)], forward)
+    choose("inter_config", [inter, inter._replace(num_stages=2), inter._replace(BV=128, num_warps=8, num_stages=2)],
+           forward)  # fmt: skip
     token = [step_inputs(64) for _ in range(4)]
-    choose("step_config", [step._replace(num_warps=w, maxnreg=m) for w, m in ((4, None), (8, None), (8, 128), (16,
-    None))],
-           lambda: graph_ms([lambda x=x: kda_step(**x) for x in token], rep=25)[0])  # fmt: skip
+    steps = [step._replace(num_warps=w, maxnreg=m) for w, m in ((4, None), (8, None), (8, 128), (16, None))]
+    choose("step_config", steps, lambda: graph_ms([lambda x=x: kda_step(**x) for x in token], rep=25)[0])
     return found
+
+
+def cold_start() -> float:
+    """Seconds of the first forward call in a new process with an empty compile cache, start of CUDA left out."""
+    code = ("import time, torch; from benchmarks.kda import chunk_kda, inputs; x = inputs('tame', 1, 8192, 32);"
+            "torch.cuda.synchronize(); t = time.time(); chunk_kda(**x); torch.cuda.synchronize();"
+            "print(time.time() - t)")  # fmt: skip
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "TRITON_CACHE_DIR": cache}
+        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return round(float(run.stdout), 2)
 
 
 def small() -> None:
@@ -256,6 +266,7 @@ def main() -> None:
     parser.add_argument("--no-peers", action="store_true", help="leave fla out (its first calls autotune for a minute)")
     parser.add_argument("--no-errors", action="store_true", help="leave the float64 recurrence out")
     parser.add_argument("--tune", action="store_true", help="time the candidate configurations first and use the best")
+    parser.add_argument("--only", default="", help="only the forward cases whose name contains this, such as 1x8192x32")
     parser.add_argument("--small", action="store_true", help="only launch small cases (for compute-sanitizer)")
     parser.add_argument("--json", default="benchmarks/results/kda.json")
     args = parser.parse_args()
@@ -269,8 +280,11 @@ def main() -> None:
     }  # fmt: skip
     if args.tune:
         result["tune"] = tune()
+    result["cold_start_s"] = cold_start()
+    print("first call, compiled from nothing:", result["cold_start_s"], "s", flush=True)
     result["step"] = step_rows()
-    result["forward"] = forward_rows(fla_chunk_kda is not None and not args.no_peers, not args.no_errors)
+    peers = fla_chunk_kda is not None and not args.no_peers
+    result["forward"] = forward_rows(peers, not args.no_errors, args.only)
     Path(args.json).parent.mkdir(parents=True, exist_ok=True)
     Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
 

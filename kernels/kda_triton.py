@@ -1,15 +1,15 @@
 """
 KDA on GPUs with Triton: the chunked forward, as one call per stage. Equations and layouts are in the stages' modules:
-kda_triton_index (packed sequences), kda_triton_gate (token by token), kda_triton_intra (inside chunks),
-kda_triton_inter (the pass over chunks).
+kda_triton_index (packed sequences), kda_triton_intra (inside chunks), kda_triton_inter (the pass over chunks).
 
     S_t = (I - beta_t k_t k_t^T) diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T,    o_t = scale S_t^T q_t        S [K, V]
     per head, fp32
 
 with g_t = -exp(A_log) softplus(logit + dt_bias), beta_t = sigmoid(logit), q and k divided by sqrt(sum of squares +
 1e-6). A gate logit of -inf is no decay and a beta logit of -inf no write: together, a padding token. Any gate is
-safe: no exponent is positive, and no sum of gates is a difference of two long ones. A step's decay counts for at least
-2^-48, and for at least 2^-30 inside the products of a chunk's wild channels.
+safe: no exponent is above 120, however strong the gate, and none of what meets the state is positive. A step's decay
+counts for at least 2^-48, and for at least 2^-30 inside the products of a chunk's wild channels; what a chunk leaves of
+the state in front of it counts as nothing below 2^-126.
 
 The ops are torch custom operators with fake implementations, so that compiled graphs pass through them. There is no
 backward yet: differentiating through them raises.
@@ -20,10 +20,10 @@ from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from .kda_checks import check_kda_inputs
-from .kda_triton_configs import gate_config, gpu_class, inter_config, intra_config, step_config
-from .kda_triton_gate import kda_gate_fwd
+from .kda_checks import check_cu_seqlens, check_kda_inputs
+from .kda_triton_configs import gpu_class, inter_config, intra_config, padded, step_config
 from .kda_triton_index import kda_index_fwd
 from .kda_triton_inter import kda_inter_fwd
 from .kda_triton_intra import kda_intra_fwd, kda_intra_fwd_kernel
@@ -41,6 +41,8 @@ _NAMESPACE = "kda_" + re.sub(r"\W", "_", __name__)
 # memory.
 _SEGMENT_TOKENS = 32768
 
+# Boundaries of packed sequences whose values were read and found right: tensor -> (version, tokens).
+_CHECKED = WeakTensorKeyDictionary()
 
 # Widest head the kernels take: a program holds a head's keys, and in the decode step its whole state, in registers.
 MAX_HEAD_DIM = 256
@@ -97,10 +99,9 @@ def _chunk_kda_fwd(
     if N * H == 0:
         return o, state
     dtype = str(q.dtype).removeprefix("torch.")
-    gate = gate_config(_gpu(q.device), K, dtype)
     intra = intra_config(_gpu(q.device), K, dtype)
-    inter = inter_config(_gpu(q.device), K, V, dtype, N * H)
-    C, upcast = gate.C, _interpreted() and q.dtype == torch.bfloat16
+    inter = inter_config(_gpu(q.device), K, V, dtype)
+    C, upcast = intra.C, _interpreted() and q.dtype == torch.bfloat16
     with _on(q.device):
         if cu_seqlens is not None:
             # Tokens outside every sequence (before the first, behind the last) have output 0.
@@ -108,7 +109,6 @@ def _chunk_kda_fwd(
             index = (cu_seqlens, *kda_index_fwd(cu_seqlens, T, C))
             tiles = _tiles(q, index[-1].numel(), C)
             if index[-1].numel() > 0:
-                kda_gate_fwd(q, k, g, A_log, dt_bias, scale, 0, 0, index, tiles, gate)
                 kda_intra_fwd(q, k, g, beta, A_log, dt_bias, scale, 0, 0, index, tiles, intra, upcast)
             kda_inter_fwd(v, o, initial_state, state, 0, 0, index, tiles, inter, upcast)
             return o, state
@@ -119,7 +119,6 @@ def _chunk_kda_fwd(
             NT = -(-min(segment, T - t_begin) // C)
             part = tuple(x[: B * NT] for x in tiles)
             if NT > 0:
-                kda_gate_fwd(q, k, g, A_log, dt_bias, scale, t_begin, NT, None, part, gate)
                 kda_intra_fwd(q, k, g, beta, A_log, dt_bias, scale, t_begin, NT, None, part, intra, upcast)
             kda_inter_fwd(v, o, state_in, state, t_begin, NT, None, part, inter, upcast)
             state_in = state
@@ -134,20 +133,16 @@ def _(q, k, v, g, beta, A_log, dt_bias, scale, initial_state, cu_seqlens):
 
 
 def _tiles(q: torch.Tensor, NC: int, C: int) -> tuple[torch.Tensor, ...]:
-    """
-    What passes between the stages for NC chunks: xq, xk, xg, factors, diagonal, wild, channels of stage 1, A, M of
-    stage 2.
-    """
-    H, K = q.shape[2:]
+    """What passes between the stages for NC chunks: xq, xk, xg, decay, A, M; and stage 1's scratch: channels, rows."""
+    H, BK = q.shape[2], padded(q.shape[3])
     # fp16 lacks the exponents that the factors need.
     dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
-    xq, xk, xg = (torch.empty(NC, H, C, K, dtype=dtype, device=q.device) for _ in range(3))
+    xq, xk, xg = (torch.empty(NC, H, C, BK, dtype=dtype, device=q.device) for _ in range(3))
     A, M = (torch.empty(NC, H, C, C, dtype=dtype, device=q.device) for _ in range(2))
-    factors = torch.empty(NC, H, 3, K, dtype=torch.float32, device=q.device)
-    diagonal = torch.empty(NC, H, C, dtype=torch.float32, device=q.device)
-    wild = torch.empty(NC, H, dtype=torch.int32, device=q.device)
-    channels = torch.empty(NC, H, K, dtype=torch.int16, device=q.device)
-    return xq, xk, xg, factors, diagonal, wild, channels, A, M
+    decay = torch.empty(NC, H, BK, dtype=torch.float32, device=q.device)
+    channels = torch.empty(NC, H, BK, dtype=torch.int16, device=q.device)
+    rows = torch.empty(NC, H, 4, C, dtype=torch.float32, device=q.device)
+    return xq, xk, xg, decay, A, M, channels, rows
 
 
 def chunk_kda(
@@ -176,14 +171,17 @@ def chunk_kda(
         dt_bias: H * K elements, head-major.
         scale: of the outputs; K ** -0.5 if None.
         initial_state: [N, H, K, V], or None for zeros; N is B, or the number of packed sequences.
-        cu_seqlens: [N + 1] integer boundaries of packed sequences (B must be 1); read on the device only.
+        cu_seqlens: [N + 1] integer boundaries of packed sequences (B must be 1). A GPU's values are read back to be
+            checked, once for a tensor, and not in compiled graphs or while a CUDA graph is captured; the kernels read
+            them on the device.
         output_final_state: whether to return the state behind the last token.
 
     Returns:
         o [B, T, H, V] in v's dtype, and the final state [N, H, K, V] fp32 or None.
 
     Raises:
-        ValueError: if shapes, dtypes or devices don't fit, or the tensors are on a device Triton does not serve.
+        ValueError: if shapes, dtypes or devices don't fit, cu_seqlens does not rise from 0 to T, or the tensors are on
+            a device Triton does not serve.
     """
     check_kda_inputs(q, k, v, g, beta, A_log=A_log, dt_bias=dt_bias, initial_state=initial_state, cu_seqlens=cu_seqlens)
     _check_device(q)
@@ -191,12 +189,25 @@ def chunk_kda(
         raise ValueError(f"q must be float32, float16 or bfloat16, got {q.dtype}")
     if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
         raise ValueError(f"K and V must be at most {MAX_HEAD_DIM}, got {q.shape[-1]} and {v.shape[-1]}")
+    if cu_seqlens is not None and cu_seqlens.device.type != "cpu":
+        _check_boundaries(cu_seqlens, q.shape[1])
     if initial_state is not None:
         initial_state = initial_state.float().contiguous()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     A_log, dt_bias = A_log.reshape(-1), dt_bias.reshape(-1)
     o, state = _chunk_kda_fwd(q, k, v, g, beta, A_log, dt_bias, scale, initial_state, cu_seqlens)
     return o, state if output_final_state else None
+
+
+def _check_boundaries(cu_seqlens: torch.Tensor, T: int) -> None:
+    """Read the values back once for a tensor (all layers of a model pass the same), where reading is possible."""
+    if torch.compiler.is_compiling() or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    # Tensors made in inference mode don't count their changes.
+    version = None if cu_seqlens.is_inference() else cu_seqlens._version
+    if version is None or _CHECKED.get(cu_seqlens) != (version, T):
+        check_cu_seqlens(cu_seqlens.cpu(), 1, T)
+        _CHECKED[cu_seqlens] = (version, T)
 
 
 def _check_device(x: torch.Tensor) -> None:

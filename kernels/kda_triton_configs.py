@@ -11,29 +11,23 @@ from typing import NamedTuple
 CLASSES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
-class KdaGateConfig(NamedTuple):
-    """Stage 1. C: tokens per chunk, BK: padded K, maxnreg: registers a thread may take, None for no bound."""
+class KdaIntraConfig(NamedTuple):
+    """
+    Stage 1. C: tokens per chunk, NG: groups of tokens (rows of one load), BKW: wild channels at a time, precision: of
+    products of fp32 tiles, maxnreg: registers a thread may take, None for no bound.
+    """
 
     C: int
-    BK: int
-    num_warps: int
-    maxnreg: int | None = None
-
-
-class KdaIntraConfig(NamedTuple):
-    """Stage 2. BK: padded K, BKS: channels at a time, precision: of products of fp32 tiles."""
-
-    BK: int
-    BKS: int
+    NG: int
+    BKW: int
     num_warps: int
     precision: str
     maxnreg: int | None = None
 
 
 class KdaInterConfig(NamedTuple):
-    """Stage 2. BK: padded K, BV: value channels of a program, num_stages: chunks in flight."""
+    """Stage 2. BV: value channels of a program, num_stages: chunks in flight, precision: of products of fp32 tiles."""
 
-    BK: int
     BV: int
     num_warps: int
     num_stages: int
@@ -55,7 +49,8 @@ def launch_options(config: NamedTuple) -> dict[str, int]:
     return {"num_warps": config.num_warps} if bound is None else {"num_warps": config.num_warps, "maxnreg": bound}
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
+    """Head size as the kernels' blocks hold it: a power of two, at least 16."""
     return max(16, 1 << (size - 1).bit_length())
 
 
@@ -74,40 +69,26 @@ def _precision(gpu: str, dtype: str) -> str:
     return "ieee" if gpu == "gfx942" else "tf32x3" if dtype == "float32" else "tf32"
 
 
-def _maxnreg(gpu: str, registers: int) -> int | None:
-    return None if gpu == "gfx942" else registers
-
-
-def gate_config(gpu: str, K: int, dtype: str) -> KdaGateConfig:
+def intra_config(gpu: str, K: int, dtype: str) -> KdaIntraConfig:
     """Stage 1 for head size K and inputs of `dtype` ("float32", "float16", "bfloat16")."""
-    BK = _padded(K)
-    # Stage 3 holds two chunks' tiles in shared memory, of which an AMD workgroup has 64 KiB, sm_80 163 and sm_90 227.
+    BK, precision = padded(K), _precision(gpu, dtype)
+    # Stage 2 holds chunks' tiles in shared memory, of which an AMD workgroup has 64 KiB, sm_80 163 and sm_90 227.
     row = BK * (2 if dtype == "bfloat16" else 4)
     C = 64 if row <= (128 if gpu == "gfx942" else 256) else 32
-    return KdaGateConfig(C, BK, 4 if BK <= 64 else 8)
+    loaded = 4 * 32 * 16 // (BK * (4 if dtype == "float32" else 2))  # rows: 4 warps, 16 bytes a thread
+    return KdaIntraConfig(C, min(C, loaded), 16, 4, precision)
 
 
-def intra_config(gpu: str, K: int, dtype: str) -> tuple[KdaIntraConfig, KdaIntraConfig]:
-    """Stage 2: for tame chunks and for those with wild channels."""
-    BK, precision = _padded(K), _precision(gpu, dtype)
-    if dtype != "bfloat16":
-        return (KdaIntraConfig(BK, min(BK, 32), 4, precision),) * 2
-    return KdaIntraConfig(BK, min(BK, 128), 4, precision, _maxnreg(gpu, 168)), KdaIntraConfig(
-        BK, min(BK, 64), 4, precision
-    )
-
-
-def inter_config(gpu: str, K: int, V: int, dtype: str, sequences: int) -> KdaInterConfig:
-    """Stage 2 for `sequences` = sequences times heads: V is split until the programs fill the chip."""
-    BK, BV = _padded(K), min(64, _padded(V))
-    wide = dtype != "bfloat16"
-    while BV > 16 and (sequences * -(-V // BV) < 96 or (BK * BV >= 128 * 64 and wide) or BK * BV > 128 * 64):
-        BV //= 2
-    stages = 1 if gpu == "gfx942" else 2 if wide or BK > 128 or BV > 32 or gpu == "sm_80" else 3
-    return KdaInterConfig(BK, BV, 4, stages, _precision(gpu, dtype))
+def inter_config(gpu: str, K: int, V: int, dtype: str) -> KdaInterConfig:
+    """Stage 2 for head sizes K, V and inputs of `dtype`."""
+    BK, wide = padded(K), dtype != "bfloat16"
+    # The state, its rounded copy and the sums share the registers; the old tensor cores also take operands from them.
+    BV = min(padded(V), 16 if wide and BK > 64 else 32 if wide or BK > 128 or gpu == "sm_80" else 64)
+    stages = 1 if gpu == "gfx942" else 2 if wide or BK > 128 or gpu == "sm_80" else 3
+    return KdaInterConfig(BV, 4, stages, _precision(gpu, dtype))
 
 
 def step_config(K: int, V: int) -> KdaStepConfig:
     """Decode step: one program holds a head's whole state in registers, 128 of a thread's where heads are large."""
-    BK, BV = _padded(K), _padded(V)
+    BK, BV = padded(K), padded(V)
     return KdaStepConfig(BK, BV, min(16, max(1, BK * BV // 4096)))

@@ -1,26 +1,25 @@
 """
-KDA forward, stage 1 of 3: what each token contributes alone. One program per chunk and head.
+The tiles of a chunk: what each token contributes alone, and the gate's sums (device functions of stage 1).
 
 With G_i the cumulative log2 decay from the chunk's start to token i (inclusive), G_C that of the whole chunk, q and k
-after l2norm, and per channel two references h1, h2, stage 1 writes
+after l2norm, stage 1 writes for stage 2
 
-    xq_i = scale q_i exp2(G_i - h1)       xk_i = k_i exp2(G_i - h1)       xg_i = k_i exp2(h2 - G_i)          [C, K]
-    decay = exp2(G_C)                     e1 = exp2(h1)                   e2 = exp2(G_C - h2)                [K], fp32
-    diagonal_i = scale q_i . k_i                                                                             [C], fp32
+    xq_i = scale q_i exp2(G_i)          xk_i = -k_i exp2(G_i)           xg_i = k_i exp2(G_C - G_i)           [C, K]
+    decay = exp2(G_C)                                                                                        [K], fp32
 
-Where the chunk's decay is within SPAN, h1 = h2 = G_C / 2: every factor stays within 2^(SPAN/2), and xq xg^T, xk xg^T
-are the chunk's attention products exactly as they stand (stage 2). Channels that decay further are "wild": h1 = 0 and
-h2 = G_C, so that no exponent is positive; `channels` lists them, `wild` counts them, and stage 2 treats them level by
-level. Stage 3 needs no distinction.
+and keeps for the products inside the chunk the same factors about another reference h = G_C / 2,
 
-Rows. Tile row x holds token (x mod NG) 2 + x div NG of its chunk, NG = C / 2: the two tokens of a pair sit in one
-thread's registers. All tiles between the stages have this order of rows.
+    xq_i exp2(-h)                       xk_i exp2(-h)                   xg_i exp2(-h)                        [C, K]
+
+where the chunk's decay is within SPAN: every factor stays within 2^(SPAN/2), and (xq exp2(-h)) (xg exp2(-h))^T are the
+decays between two tokens exactly. Channels that decay further are "wild": for them the last tile is 0, `channels` lists
+them, and kda_triton_wild does their products. No exponent of what stage 2 sees is positive.
+
+A chunk is NG groups of successive tokens. Loads take its rows so that a thread gets whole groups, where scans cost
+nothing: NG is the number of rows that one load instruction of the program covers.
 """
 
-import torch
-
-from .kda_triton_configs import KdaGateConfig, launch_options
-from .kda_triton_math import kda_gate_log2
+from .kda_triton_math import kda_gate_log2_scaled, kda_sigmoid
 
 try:
     import triton
@@ -28,132 +27,94 @@ try:
 except ImportError:
     from .kda_triton_absent import tl, triton
 
-# Log2 decay of a chunk up to which its factors are taken about the midpoint: they and their products with the state
-# stay within 2^96, with room below for small states and above for sums.
+# Log2 decay of a channel over a chunk up to which one reference serves: its factors stay within 2^96, with room below
+# for small entries of q and k.
 SPAN = 192.0
 
 
 @triton.jit
-def kda_chunk_place(cu_seqlens, chunk_offsets, chunk_seq, i_c, T, NT, t_begin, C: tl.constexpr, PACKED: tl.constexpr):
-    """Batch row, first token and number of tokens of chunk `i_c`; no tokens for the entries behind the last chunk."""
-    if PACKED:
-        i_n = tl.load(chunk_seq + i_c)
-        i_m = tl.maximum(i_n, 0)
-        bos, eos = tl.load(cu_seqlens + i_m).to(tl.int64), tl.load(cu_seqlens + i_m + 1).to(tl.int64)
-        t0 = bos + (i_c - tl.load(chunk_offsets + i_m)).to(tl.int64) * C
-        i_b = t0 * 0
-        n_t = tl.where(i_n < 0, 0, eos - t0).to(tl.int32)
-    else:
-        i_b = (i_c // NT).to(tl.int64)
-        t0 = t_begin + (i_c % NT).to(tl.int64) * C
-        n_t = (T - t0).to(tl.int32)
-    return i_b, t0, n_t
+def kda_rows(
+    q, k, beta, rows, scale, n_t, stride_qt, stride_qk, stride_kt, stride_kk, stride_bt,
+    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Write rows [4, C] = scale / |q|, 1 / |k|, scale q . k of the normalised rows, and beta, of a chunk's tokens."""
+    o_c, o_k = tl.arange(0, C), tl.arange(0, BK)[None, :]
+    o_t = o_c[:, None]
+    m_tk = (o_t < n_t) & (o_k < K)
+    b_q = tl.load(q + o_t * stride_qt + o_k * stride_qk, mask=m_tk, other=0.0).to(tl.float32)
+    b_k = tl.load(k + o_t * stride_kt + o_k * stride_kk, mask=m_tk, other=0.0).to(tl.float32)
+    b_rq = tl.rsqrt(tl.sum(b_q * b_q, axis=1) + 1e-6) * scale
+    b_rk = tl.rsqrt(tl.sum(b_k * b_k, axis=1) + 1e-6)
+    tl.store(rows + o_c, b_rq)
+    tl.store(rows + C + o_c, b_rk)
+    tl.store(rows + 2 * C + o_c, tl.sum(b_q * b_k, axis=1) * b_rq * b_rk)
+    b_beta = tl.load(beta + o_c * stride_bt, mask=o_c < n_t, other=float("-inf"))
+    tl.store(rows + 3 * C + o_c, kda_sigmoid(b_beta.to(tl.float32)))
 
 
-@triton.jit(do_not_specialize=["T", "NT", "t_begin"])
-def kda_gate_fwd_kernel(
-    q, k, g, A_log, dt_bias,
-    xq, xk, xg, factors, diagonal, wild, channels,
-    cu_seqlens, chunk_offsets, chunk_seq,
-    scale, T, NT, t_begin,
-    stride_qb, stride_qt, stride_qh, stride_qk,
-    stride_kb, stride_kt, stride_kh, stride_kk,
-    stride_gb, stride_gt, stride_gh, stride_gk,
-    H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, NG: tl.constexpr,
-    SPAN: tl.constexpr, SUFFIX_SCAN: tl.constexpr, PACKED: tl.constexpr,
+@triton.jit
+def kda_in_order(b_x, NG: tl.constexpr):
+    """Rows n, n + NG, ... of group n as rows of successive tokens."""
+    C: tl.constexpr = b_x.shape[0]
+    return tl.reshape(tl.permute(tl.reshape(b_x, [C // NG, NG, b_x.shape[1]]), (1, 0, 2)), [C, b_x.shape[1]])
+
+
+@triton.jit
+def kda_tiles(
+    q, k, g, dt_bias, a_head, n_t,
+    rows, xq, xk, xg, decay, channels,
+    stride_qt, stride_qk, stride_kt, stride_kk, stride_gt, stride_gk,
+    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, NG: tl.constexpr,
+    SPAN: tl.constexpr, SUFFIX_SCAN: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """
-    See the module docstring; factors [NC, H, 3, K] holds decay, e1, e2, wild [NC, H] the number of entries of
-    channels [NC, H, K].
-    """
-    C: tl.constexpr = 2 * NG
-    i_c, i_h = tl.program_id(0), tl.program_id(1)
-    i_b, t0, n_t = kda_chunk_place(cu_seqlens, chunk_offsets, chunk_seq, i_c, T, NT, t_begin, C, PACKED)
-    if n_t <= 0:
-        return
-    i_tile = i_c.to(tl.int64) * H + i_h
-    o_r = tl.arange(0, 2)[:, None, None]
-    o_n = tl.arange(0, NG)
-    o_k = tl.arange(0, BK)
-    o_k2, o_k3 = o_k[None, :], o_k[None, None, :]
-    o_t = o_n[None, :, None] * 2 + o_r  # [2, NG, 1] token in the chunk
-    m_k3 = o_k3 < K
-    m_qk = (o_t < n_t) & m_k3
-    p_g = g + i_b * stride_gb + t0 * stride_gt + i_h * stride_gh + o_n[:, None] * (2 * stride_gt) + o_k2 * stride_gk
-    p_q = q + i_b * stride_qb + t0 * stride_qt + i_h * stride_qh + o_t * stride_qt + o_k3 * stride_qk
-    p_k = k + i_b * stride_kb + t0 * stride_kt + i_h * stride_kh + o_t * stride_kt + o_k3 * stride_kk
-    padding = float("-inf")
-    b_g0 = tl.load(p_g, mask=(o_n * 2 < n_t)[:, None] & (o_k2 < K), other=padding).to(tl.float32)
-    b_g1 = tl.load(p_g + stride_gt, mask=(o_n * 2 + 1 < n_t)[:, None] & (o_k2 < K), other=padding).to(tl.float32)
-    b_q = tl.load(p_q, mask=m_qk, other=0.0).to(tl.float32)
-    b_k = tl.load(p_k, mask=m_qk, other=0.0).to(tl.float32)
-    a_head = tl.exp(tl.load(A_log + i_h).to(tl.float32))
-    b_bias = tl.load(dt_bias + i_h * K + o_k2, mask=o_k2 < K, other=0.0).to(tl.float32)
+    Write a chunk's tiles and its list of wild channels (module docstring), given `rows` of kda_rows; all pointers are
+    at the chunk's start.
 
-    b_g0 = kda_gate_log2(b_g0 + b_bias, a_head)
-    b_g1 = kda_gate_log2(b_g1 + b_bias, a_head)
-    b_sum = b_g0 + b_g1
+    Returns the three tiles about h in DTYPE and the number of wild channels.
+    """
+    R: tl.constexpr = C // NG
+    o_x, o_k = tl.arange(0, C), tl.arange(0, BK)
+    o_x = (o_x % NG) * R + o_x // NG  # token of a row: rows n, n + NG, ... are group n's, and one thread's
+    o_t, o_k2 = o_x[:, None], o_k[None, :]
+    m_tk = (o_t < n_t) & (o_k2 < K)
+    b_g = tl.load(g + o_t * stride_gt + o_k2 * stride_gk, mask=m_tk, other=float("-inf")).to(tl.float32)
+    b_bias = tl.load(dt_bias + o_k, mask=o_k < K, other=0.0).to(tl.float32) * 1.4426950408889634
+    b_g = kda_gate_log2_scaled(b_g * 1.4426950408889634 + b_bias[None, :], a_head)
+    b_g = tl.reshape(b_g, [R, NG, BK])
+    b_sum = tl.sum(b_g, axis=0)
     b_total = tl.sum(b_sum, axis=0)
     m_wild = b_total < -SPAN
-    b_h1 = tl.where(m_wild, 0.0, 0.5 * b_total)
-    b_h2 = tl.where(m_wild, b_total, 0.5 * b_total)
-    b_G = tl.cumsum(b_sum, axis=0)
-    b_up = b_G - b_h1[None, :]
-    b_up = tl.exp2(tl.where(o_r == 0, (b_up - b_g1)[None, :, :], b_up[None, :, :]))
-    b_q *= (tl.rsqrt(tl.sum(b_q * b_q, axis=2) + 1e-6) * scale)[:, :, None]
-    b_k *= tl.rsqrt(tl.sum(b_k * b_k, axis=2) + 1e-6)[:, :, None]
-    o_x = i_tile * (C * K) + ((o_r * NG + o_n[None, :, None]) * K + o_k3)
-    tl.store(xq + o_x, (b_q * b_up).to(xq.dtype.element_ty), mask=m_k3)
-    tl.store(xk + o_x, (b_k * b_up).to(xk.dtype.element_ty), mask=m_k3)
-    # The products' diagonal needs no decay: in fp32 it spares the outputs two roundings of their largest term.
-    o_row = tl.arange(0, 2)[:, None] * NG + o_n[None, :]
-    tl.store(diagonal + i_tile * C + o_row, tl.sum(b_q * b_k, axis=2))
+    b_h = tl.where(m_wild, 0.0, 0.5 * b_total)
+    b_before = tl.cumsum(b_sum, axis=0) - b_sum  # of the groups before
+    b_up = tl.cumsum(b_g, axis=0) + (b_before - b_h[None, :])[None, :, :]
     if SUFFIX_SCAN:
         # Summed from the end: total less prefix cancels by up to 1e-4 in wild channels, which only fp32 can see.
-        b_down = tl.cumsum(b_sum, axis=0, reverse=True) - (b_total - b_h2)[None, :]
-        b_down = tl.where(o_r == 0, (b_down - b_g0)[None, :, :], (b_down - b_sum)[None, :, :])
+        b_behind = tl.cumsum(b_sum, axis=0, reverse=True) - b_sum - b_h[None, :]
+        b_down = tl.reshape(tl.cumsum(b_g, axis=0, reverse=True) - b_g + b_behind[None, :, :], [C, BK])
+        b_up = tl.reshape(b_up, [C, BK])
     else:
-        b_down = b_h2[None, :] - b_G
-        b_down = tl.where(o_r == 0, (b_down + b_g1)[None, :, :], b_down[None, :, :])
-    tl.store(xg + o_x, (b_k * tl.exp2(b_down)).to(xg.dtype.element_ty), mask=m_k3)
-    p_f = factors + i_tile * (3 * K) + o_k
-    tl.store(p_f, tl.exp2(b_total), mask=o_k < K)
-    tl.store(p_f + K, tl.exp2(b_h1), mask=o_k < K)
-    tl.store(p_f + 2 * K, tl.exp2(b_total - b_h2), mask=o_k < K)
+        b_up = tl.reshape(b_up, [C, BK])
+        b_down = tl.where(m_wild, b_total, 0.0)[None, :] - b_up
+    b_up = tl.exp2(b_up)
+    b_e = tl.exp2(b_h)[None, :]
+    tl.store(decay + o_k, tl.exp2(b_total))
     b_wild = m_wild.to(tl.int32)
-    tl.store(wild + i_tile, tl.sum(b_wild, axis=0))
-    tl.store(channels + i_tile * K + tl.cumsum(b_wild, axis=0) - 1, o_k.to(tl.int16), mask=m_wild)
+    tl.store(channels + tl.cumsum(b_wild, axis=0) - 1, o_k.to(tl.int16), mask=m_wild)
 
-
-def kda_gate_fwd(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    g: torch.Tensor,
-    A_log: torch.Tensor,
-    dt_bias: torch.Tensor,
-    scale: float,
-    t_begin: int,
-    NT: int,
-    index: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
-    tiles: tuple[torch.Tensor, ...],
-    config: KdaGateConfig,
-) -> None:
-    """
-    Fill xq, xk, xg [NC, H, C, K], factors [NC, H, 3, K], diagonal [NC, H, C], wild [NC, H], channels [NC, H, K] of
-    `tiles` for NC chunks.
-
-    Without `index` the chunks are those of tokens t_begin .. t_begin + NT C of every batch row, row by row; with
-    `index` = (cu_seqlens, chunk_offsets, chunk_seq) they are the packed sequences' (see kda_triton_index).
-    """
-    (_, T, H, K), (xq, xk, xg, factors, diagonal, wild, channels) = q.shape, tiles[:7]
-    cu_seqlens, chunk_offsets, chunk_seq = index or (None, None, None)
-    kda_gate_fwd_kernel[xq.shape[:2]](
-        q, k, g, A_log, dt_bias,
-        xq, xk, xg, factors, diagonal, wild, channels,
-        cu_seqlens, chunk_offsets, chunk_seq,
-        scale, T, NT, t_begin,
-        *q.stride(), *k.stride(), *g.stride(),
-        H=H, K=K, BK=config.BK, NG=xq.shape[2] // 2,
-        SPAN=SPAN, SUFFIX_SCAN=q.dtype == torch.float32, PACKED=index is not None,
-        **launch_options(config),
+    o_tk = o_t * BK + o_k2
+    b_q = tl.load(q + o_t * stride_qt + o_k2 * stride_qk, mask=m_tk, other=0.0).to(tl.float32)
+    b_q *= tl.load(rows + o_x)[:, None]
+    b_q *= b_up
+    tl.store(xq + o_tk, (b_q * b_e).to(DTYPE))
+    b_k = tl.load(k + o_t * stride_kt + o_k2 * stride_kk, mask=m_tk, other=0.0).to(tl.float32)
+    b_k *= tl.load(rows + C + o_x)[:, None]
+    b_up *= b_k
+    tl.store(xk + o_tk, (-b_up * b_e).to(DTYPE))
+    b_k *= tl.exp2(b_down)
+    tl.store(xg + o_tk, (b_k * b_e).to(DTYPE))
+    b_k *= tl.where(m_wild, 0.0, 1.0)[None, :]
+    return (
+        kda_in_order(b_q.to(DTYPE), NG), kda_in_order(b_up.to(DTYPE), NG), kda_in_order(b_k.to(DTYPE), NG),
+        tl.sum(b_wild, axis=0),
     )  # fmt: skip

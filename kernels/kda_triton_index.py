@@ -16,6 +16,23 @@ except ImportError:
     from .kda_triton_absent import tl, triton
 
 
+@triton.jit
+def kda_chunk_place(cu_seqlens, chunk_offsets, chunk_seq, i_c, T, NT, t_begin, C: tl.constexpr, PACKED: tl.constexpr):
+    """Batch row, first token and number of tokens of chunk `i_c`; no tokens for the entries behind the last chunk."""
+    if PACKED:
+        i_n = tl.load(chunk_seq + i_c)
+        i_m = tl.maximum(i_n, 0)
+        bos, eos = tl.load(cu_seqlens + i_m).to(tl.int64), tl.load(cu_seqlens + i_m + 1).to(tl.int64)
+        t0 = bos + (i_c - tl.load(chunk_offsets + i_m)).to(tl.int64) * C
+        i_b = t0 * 0
+        n_t = tl.where(i_n < 0, 0, eos - t0).to(tl.int32)
+    else:
+        i_b = (i_c // NT).to(tl.int64)
+        t0 = t_begin + (i_c % NT).to(tl.int64) * C
+        n_t = (T - t0).to(tl.int32)
+    return i_b, t0, n_t
+
+
 @triton.jit(do_not_specialize=["N", "NC"])
 def kda_index_fwd_kernel(cu_seqlens, chunk_offsets, chunk_seq, N, NC, C: tl.constexpr, BN: tl.constexpr):
     """Program n sums the chunks of the sequences before it and writes its own entries; the last also fills the rest."""

@@ -1,18 +1,18 @@
 """
-KDA forward, stage 3 of 3: the sequential pass over chunks. One program per sequence, head and block of BV value
+KDA forward, stage 2 of 2: the sequential pass over chunks. One program per sequence, head and block of BV value
 channels.
 
-The state S [K, V] (fp32, in registers) enters a chunk as S0; with the tiles of stages 1 and 2
+With the state S [K, V] (fp32, in registers) and the tiles of stage 1
 
-    S' = diag(e1) S0                    the state at the tiles' reference            [K, BV]
-    R  = V - xk S'                      what the keys' decayed predictions miss      [C, BV]
-    U  = M R                            the chunk's writes (the paper's pseudo-values) [C, BV]
-    O  = xq S' + A U                    outputs
-    S  = diag(decay) S0 + diag(e2) xg^T U       state behind the chunk
+    R = xk S                            the keys' decayed predictions, negated (xk holds -k)       [C, BV]
+    U = M V + M R                       the chunk's writes (the paper's pseudo-values)             [C, BV]
+    O = xq S + A U                      outputs
+    S = diag(decay) S + xg^T U          state behind the chunk
 
-(Kimi Linear, arXiv 2510.26692, eqs. 8-9.) Products take operands in the inputs' dtype and sum in fp32; the state
-itself is only ever rounded as an operand. Tile rows are in stage 1's order (kda_triton_gate): row x is token (x mod
-NG) 2 + x div NG of the chunk.
+(Kimi Linear, arXiv 2510.26692, eqs. 8-9.) Everything is computed transposed, V first: then state, R and U are the left
+operands of all products, which tensor cores take from registers as other products leave them there, and nothing of the
+chain from state to state passes through shared memory. M V apart from M R takes V as it lies in shared memory, and
+exact. Products take operands in the inputs' dtype and sum in fp32; the state itself is only ever rounded as an operand.
 """
 
 import torch
@@ -29,18 +29,17 @@ except ImportError:
 
 @triton.jit(do_not_specialize=["T", "NT", "t_begin"])
 def kda_inter_fwd_kernel(
-    xq, xk, xg, factors, A, M, v, o,
+    xq, xk, xg, decay, A, M, v, o,
     state_in, state_out,
     cu_seqlens, chunk_offsets,
     T, NT, t_begin,
     stride_vb, stride_vt, stride_vh, stride_vv,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, NG: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     PACKED: tl.constexpr, HAS_STATE: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """See the module docstring; o is contiguous [B, T, H, V], states contiguous [N, H, K, V]."""
-    C: tl.constexpr = 2 * NG
     i_v, i_nh = tl.program_id(0), tl.program_id(1)
     i_n, i_h = i_nh // H, i_nh % H
     if PACKED:
@@ -57,59 +56,56 @@ def kda_inter_fwd_kernel(
         o += (i_n.to(tl.int64) * T + t_begin) * (H * V)
     v += i_h * stride_vh
     o += i_h * V
-    xq += i_tile * (C * K)
-    xk += i_tile * (C * K)
-    xg += i_tile * (C * K)
-    factors += i_tile * (3 * K)
+    xq += i_tile * (C * BK)
+    xk += i_tile * (C * BK)
+    xg += i_tile * (C * BK)
+    decay += i_tile * BK
     A += i_tile * (C * C)
     M += i_tile * (C * C)
 
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
     o_c = tl.arange(0, C)
-    o_t = (o_c % NG) * 2 + o_c // NG  # token of a tile row
-    m_k = o_k < K
     m_v = o_v < V
-    m_kv = m_k[:, None] & m_v[None, :]
-    o_ck = o_c[:, None] * K + o_k[None, :]
+    m_vk = m_v[:, None] & (o_k < K)[None, :]
+    o_ck = o_c[:, None] * BK + o_k[None, :]
     o_cc = o_c[:, None] * C + o_c[None, :]
-    o_kv = o_k[:, None] * V + o_v[None, :]
+    o_vk = o_k[None, :] * V + o_v[:, None]
     i_state = i_nh.to(tl.int64) * (K * V)
     if HAS_STATE:
-        b_s = tl.load(state_in + i_state + o_kv, mask=m_kv, other=0.0)
+        b_s = tl.load(state_in + i_state + o_vk, mask=m_vk, other=0.0)
     else:
-        b_s = tl.zeros([BK, BV], tl.float32)
+        b_s = tl.zeros([BV, BK], tl.float32)
 
     for i_c in tl.range(0, NT, num_stages=STAGES):
-        i_t = i_c * C + o_t
-        m_tv = (i_t < n_t)[:, None] & m_v[None, :]
-        b_xk = tl.load(xk + o_ck, mask=m_k[None, :], other=0.0)
-        b_v = tl.load(v + o_t[:, None] * stride_vt + o_v[None, :] * stride_vv, mask=m_tv, other=0.0)
+        m_tv = (i_c * C + o_c < n_t)[:, None] & m_v[None, :]
+        b_xk = tl.load(xk + o_ck)
+        b_v = tl.load(v + o_c[:, None] * stride_vt + o_v[None, :] * stride_vv, mask=m_tv, other=0.0)
         b_M = tl.load(M + o_cc)
-        b_xq = tl.load(xq + o_ck, mask=m_k[None, :], other=0.0)
+        b_xg = tl.load(xg + o_ck)
+        b_xq = tl.load(xq + o_ck)
         b_A = tl.load(A + o_cc)
-        b_xg = tl.load(xg + o_ck, mask=m_k[None, :], other=0.0)
-        b_decay = tl.load(factors + o_k, mask=m_k, other=0.0)
-        b_e1 = tl.load(factors + K + o_k, mask=m_k, other=0.0)
-        b_e2 = tl.load(factors + 2 * K + o_k, mask=m_k, other=0.0)
+        b_decay = tl.load(decay + o_k)
 
-        b_s1 = (b_s * b_e1[:, None]).to(DTYPE)
-        b_r = b_v.to(tl.float32) - kda_dot(b_xk, b_s1, None, DTYPE, PRECISION, UPCAST)
-        b_o = kda_dot(b_xq, b_s1, None, DTYPE, PRECISION, UPCAST)
-        b_u = kda_dot(b_M, b_r, None, DTYPE, PRECISION, UPCAST).to(DTYPE)
-        b_s = b_s * b_decay[:, None] + kda_dot(tl.trans(b_xg), b_u, None, DTYPE, PRECISION, UPCAST) * b_e2[:, None]
-        b_o = kda_dot(b_A, b_u, b_o, DTYPE, PRECISION, UPCAST)
-        tl.store(o + o_t[:, None] * (H * V) + o_v[None, :], b_o.to(o.dtype.element_ty), mask=m_tv)
+        b_s1 = b_s.to(DTYPE)
+        b_r = kda_dot(b_s1, tl.trans(b_xk), None, DTYPE, PRECISION, UPCAST)
+        b_u = kda_dot(tl.trans(b_v), tl.trans(b_M), None, DTYPE, PRECISION, UPCAST)
+        b_u = kda_dot(b_r, tl.trans(b_M), b_u, DTYPE, PRECISION, UPCAST).to(DTYPE)
+        b_o = kda_dot(b_s1, tl.trans(b_xq), None, DTYPE, PRECISION, UPCAST)
+        b_s = kda_dot(b_u, b_xg, b_s * b_decay[None, :], DTYPE, PRECISION, UPCAST)
+        b_o = kda_dot(b_u, tl.trans(b_A), b_o, DTYPE, PRECISION, UPCAST)
+        p_o = o + o_c[:, None] * (H * V) + o_v[None, :]
+        tl.store(p_o, tl.trans(b_o).to(o.dtype.element_ty), mask=m_tv)
 
-        xq += H * C * K
-        xk += H * C * K
-        xg += H * C * K
-        factors += H * 3 * K
+        xq += H * C * BK
+        xk += H * C * BK
+        xg += H * C * BK
+        decay += H * BK
         A += H * C * C
         M += H * C * C
         v += C * stride_vt
         o += C * H * V
-    tl.store(state_out + i_state + o_kv, b_s, mask=m_kv)
+    tl.store(state_out + i_state + o_vk, b_s, mask=m_vk)
 
 
 def kda_inter_fwd(
@@ -125,22 +121,20 @@ def kda_inter_fwd(
     upcast: bool,
 ) -> None:
     """
-    Write `o` for the chunks in `tiles` (see kda_gate_fwd, kda_intra_fwd) and the states behind them; `state_in` may
-    be `state_out`.
+    Write `o` for the chunks in `tiles` (see kda_intra_fwd) and the states behind them; `state_in` may be `state_out`.
 
     v [B, T, H, V] by strides, o [B, T, H, V] contiguous, states [N, H, K, V] contiguous fp32.
     """
-    (xq, xk, xg, factors, _, _, _, A, M), (N, H, K, V) = tiles, state_out.shape
-    C = A.shape[-1]
+    (xq, xk, xg, decay, A, M), (N, H, K, V) = tiles[:6], state_out.shape
     cu_seqlens, chunk_offsets, _ = index or (None, None, None)
     kda_inter_fwd_kernel[(triton.cdiv(V, config.BV), N * H)](
-        xq, xk, xg, factors, A, M, v, o,
+        xq, xk, xg, decay, A, M, v, o,
         state_in, state_out,
         cu_seqlens, chunk_offsets,
         v.shape[1], NT, t_begin,
         *v.stride(),
         H=H, K=K, V=V,
-        BK=config.BK, BV=config.BV, NG=C // 2,
+        BK=xq.shape[-1], BV=config.BV, C=A.shape[-1],
         DTYPE=tl.bfloat16 if xq.dtype == torch.bfloat16 else tl.float32, PRECISION=config.precision,
         PACKED=index is not None, HAS_STATE=state_in is not None, UPCAST=upcast, STAGES=config.num_stages,
         **launch_options(config),

@@ -17,14 +17,19 @@ except ImportError:
 
 @triton.jit
 def kda_gate_log2(b_x, A):
+    """Log2 decay of one step from the biased logit `b_x` (fp32) and A = exp(A_log); within [-48, 0]."""
+    return kda_gate_log2_scaled(b_x * 1.4426950408889634, A)
+
+
+@triton.jit
+def kda_gate_log2_scaled(b_y, A):
     """
-    Log2 decay of one step from the biased logit `b_x` (fp32) and A = exp(A_log); within [-48, 0].
+    The same from b_y = b_x / ln 2.
 
     softplus(x) / ln 2 = max(y, 0) + log2(1 + u), y = x / ln 2, u = 2^-|y|: relatively exact at both ends, where
     log2(1 + e^x) loses small e^x and overflows at large. log2(1 + u) / u on [0, 1] is a polynomial (minimax, 3e-8),
     half the cost of the library's log2.
     """
-    b_y = b_x * 1.4426950408889634
     b_u = tl.exp2(-tl.abs(b_y))
     b_p = 0.007550354581326246 * b_u - 0.04257207736372948
     b_p = b_p * b_u + 0.11286503821611404

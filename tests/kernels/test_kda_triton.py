@@ -66,6 +66,46 @@ def test_wrong_prompt_input(change, said):
         chunk_kda(**{**prompt(), **change})
 
 
+def test_boundaries_are_read_once(monkeypatch):
+    """What a GPU's cu_seqlens goes through: wrong values raise, right ones are read again only after a change."""
+    reads = []
+    check = kda_triton.check_cu_seqlens
+    monkeypatch.setattr(kda_triton, "check_cu_seqlens", lambda *args: (reads.append(args), check(*args)))
+    cu_seqlens = torch.tensor([0, 3, 5])
+    for _ in range(3):
+        kda_triton._check_boundaries(cu_seqlens, 5)
+    assert len(reads) == 1
+    with pytest.raises(ValueError, match="number of tokens 6"):
+        kda_triton._check_boundaries(cu_seqlens, 6)
+    cu_seqlens[1] = 9
+    with pytest.raises(ValueError, match=r"\[0, 9, 5\]"):
+        kda_triton._check_boundaries(cu_seqlens, 5)
+    with torch.inference_mode():
+        uncounted = torch.tensor([0, 3, 5])
+        kda_triton._check_boundaries(uncounted, 5)
+        uncounted[1] = 9
+        with pytest.raises(ValueError, match="rise"):
+            kda_triton._check_boundaries(uncounted, 5)
+
+
+def test_exported_for_any_length(monkeypatch):
+    """torch.export sees one operator, whatever batch and length."""
+    monkeypatch.setattr(kda_triton, "_check_device", lambda x: None)
+
+    class Layer(torch.nn.Module):
+        def forward(self, q, k, v, g, beta, A_log, dt_bias):
+            return chunk_kda(q, k, v, g, beta, A_log=A_log, dt_bias=dt_bias, output_final_state=True)
+
+    B, T = torch.export.Dim("B", min=2, max=64), torch.export.Dim("T", min=2, max=4096)
+    shapes = {n: {0: B, 1: T} for n in ("q", "k", "v", "g", "beta")} | {"A_log": None, "dt_bias": None}
+    program = torch.export.export(Layer(), (), prompt(B=3, T=7), dynamic_shapes=shapes)
+    calls = [node for node in program.graph.nodes if node.op == "call_function" and "chunk_kda_fwd" in str(node.target)]
+    assert len(calls) == 1
+    o, state = (node.meta["val"] for node in program.graph.output_node().args[0])
+    assert o.shape[2:] == (2, 24) and state.shape[1:] == (2, 16, 24)
+    assert not any(isinstance(n, int) for n in o.shape[:2])
+
+
 def test_head_sizes_are_bounded():
     with pytest.raises(ValueError, match="256"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(kda_triton, "_check_device", lambda x: None)
