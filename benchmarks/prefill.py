@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import transformers
 
+from benchmarks.full_model import random_model
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
 
@@ -34,31 +35,6 @@ REFERENCE: dict[int, tuple[float | None, ...]] = {
     1048576: (170.0, 20.0, None, None, 110.0),
 }
 _GIB = 2**30
-
-
-def random_model(model_class: Any, config: Any, device: str = "cuda", seed: int = 0) -> torch.nn.Module:
-    """A bf16 model of `config` with random weights, drawn where they stay; gates as KDA's initialisation has them."""
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("meta"):
-            model = model_class(config)
-    finally:
-        torch.set_default_dtype(dtype)
-    model = model.to_empty(device=device).eval().requires_grad_(False)
-    torch.manual_seed(seed)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name.endswith("A_log"):
-            tensor.uniform_(1, 16).log_()
-        elif name.endswith("dt_bias"):
-            tensor.uniform_(-7, -2)
-        elif name.endswith("e_score_correction_bias"):
-            tensor.zero_()
-        elif "norm" in name:
-            tensor.fill_(1)
-        else:
-            tensor.normal_(0, 0.02)
-    return model
 
 
 @torch.no_grad()

@@ -1,0 +1,188 @@
+"""Milliseconds a token of the full 48B shape on one GPU, beside transformers' native class and the limit.
+
+    python -m benchmarks.decode [--cases 4096x1 131072x1 1048576x1 1024x8 1024x64] [--verify 4 8] [--profile 4096x1]
+                                [--all-mla] [--native] [--out result.json]
+
+The model has the released shape and random bf16 weights, drawn on the GPU; a case is CONTEXTxBATCH over a cache filled
+with random values. `step` is one replay of the captured step. `greedy`, `eos` and `sampled` are `generate()` as a user
+calls it, the difference of 264 and 8 new tokens: without an end token, with one, and with default sampling. `verify`
+are steps of several tokens, as speculative decoding takes them. Limits are the bytes that a step must move at the copy
+bandwidth of an H200; peers are transformers 5.23.0 with fla 0.6.0, measured on another machine of that kind on
+2026-11-23, and `--native` measures them again.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import triton
+from transformers import DynamicCache
+
+from benchmarks.full_model import COPY_BANDWIDTH, random_cache, random_model, released_config, step_bytes
+from kimi_linear.modeling.decode_step import DecodeStep
+from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
+
+# context x batch: (goal ms, native ms)
+REFERENCE = {
+    "4096x1": (2.2, 94.0),
+    "131072x1": (2.6, 118.0),
+    "1048576x1": (4.5, None),
+    "1024x8": (8.0, 115.0),
+    "1024x64": (28.0, 143.0),
+}
+WAYS = {
+    "greedy": {"do_sample": False, "eos_token_id": None},
+    "eos": {"do_sample": False, "eos_token_id": 163586},
+    "sampled": {"do_sample": True, "eos_token_id": 163586},
+}
+_NEW_TOKENS = (8, 264)
+
+
+def replay_ms(step: DecodeStep, cache: Any, repeats: int = 40) -> float:
+    """Median time of one step, which keeps reading and writing the cache at the same length."""
+    ids = torch.randint(0, 1000, (step.batch, step.tokens), device=step.device)
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with step.lock:
+            step.prepare(cache, ids)
+            start.record()
+            step.run()  # without `commit`: the next one begins at the same position
+            end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times[repeats // 4 :])
+
+
+def generate_ms(model: Any, cache: Any, batch: int, **options: Any) -> float:
+    """Time a token inside `generate()` over a filled cache, which it lengthens."""
+    seconds = []
+    for count in _NEW_TOKENS:
+        ids = torch.zeros(batch, cache.get_seq_length() + 1, dtype=torch.long, device="cuda")
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, pad_token_id=0,
+            max_new_tokens=count, min_new_tokens=count, **options,
+        )  # fmt: skip
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return (seconds[1] - seconds[0]) / (_NEW_TOKENS[1] - _NEW_TOKENS[0]) * 1e3
+
+
+@torch.no_grad()
+def measure(model: Any, case: str, verify: list[int]) -> dict[str, Any]:
+    """One case: seconds to a captured step, ms of steps and of `generate()`, GiB above weights and cache."""
+    context, batch = (int(part) for part in case.split("x"))
+    weights = torch.cuda.memory_allocated()
+    start = time.perf_counter()
+    step = model._decode.step(model, batch, 1)
+    if step is None:
+        raise SystemExit(f"{case}: the model decodes {model.decode_path}")
+    torch.cuda.synchronize()
+    row: dict[str, Any] = {"case": case, "capture_s": time.perf_counter() - start}
+    cache = random_cache(model, batch, context)
+    row["step_ms"] = replay_ms(step, cache)
+    row["limit_ms"] = step_bytes(model, batch, context) / COPY_BANDWIDTH * 1e3
+    torch.cuda.reset_peak_memory_stats()
+    row |= {f"{name}_ms": generate_ms(model, cache, batch, **options) for name, options in WAYS.items()}
+    row["gib_above_weights_and_cache"] = (torch.cuda.max_memory_allocated() - weights - cache.nbytes) / 2**30
+    if batch == 1:
+        row["verify_ms"] = {n: replay_ms(model._decode.step(model, 1, n), cache) for n in verify}
+    return row
+
+
+@torch.no_grad()
+def profile(model: Any, case: str) -> list[dict[str, Any]]:
+    """GPU time of one step by kernel, longest first."""
+    context, batch = (int(part) for part in case.split("x"))
+    step, cache = model._decode.step(model, batch, 1), random_cache(model, batch, context)
+    replay_ms(step, cache, repeats=4)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+        replay_ms(step, cache, repeats=8)
+    kernels = sorted(recorded.key_averages(), key=lambda event: -event.self_device_time_total)
+    return [{"kernel": k.key[:80], "us": k.self_device_time_total / 8, "calls": k.count / 8} for k in kernels[:30]]
+
+
+def measure_native(case: str) -> dict[str, Any]:
+    """transformers' own class inside `generate()`, greedy; its cache is filled by a prompt in chunks."""
+    context, batch = (int(part) for part in case.split("x"))
+    config = transformers.AutoConfig.for_model("kimi_linear", **released_config().to_dict())
+    model = random_model(transformers.KimiLinearForCausalLM, config)
+    cache = DynamicCache(config=config)
+    with torch.no_grad():
+        for begin in range(0, context, 8192):
+            count = min(8192, context - begin)
+            model(torch.zeros(batch, count, dtype=torch.long, device="cuda"), past_key_values=cache, logits_to_keep=1)
+    return {"case": case, "greedy_ms": generate_ms(model, cache, batch, **WAYS["greedy"])}
+
+
+def show(rows: list[dict[str, Any]], native: dict[str, dict[str, Any]]) -> None:
+    """Print goal, peer, limit and ours."""
+    print("context x batch |  goal |  peer | limit |  step (of limit) | greedy   eos sampled | capture s | GiB | tok/s")
+    for row in rows:
+        goal, peer = REFERENCE.get(row["case"], (None, None))
+        if row["case"] in native:
+            peer = native[row["case"]]["greedy_ms"]
+        cells = [f"{x:.1f}" if x is not None else "-" for x in (goal, peer)]
+        batch = int(row["case"].split("x")[1])
+        print(
+            f"{row['case']:>15} | {cells[0]:>5} | {cells[1]:>5} | {row['limit_ms']:5.2f} | "
+            f"{row['step_ms']:6.2f} ({row['limit_ms'] / row['step_ms']:7.0%}) | "
+            f"{row['greedy_ms']:6.2f} {row['eos_ms']:5.2f} {row['sampled_ms']:7.2f} | {row['capture_s']:9.1f} | "
+            f"{row['gib_above_weights_and_cache']:.1f} | {1e3 * batch / row['greedy_ms']:6.0f}",
+            flush=True,
+        )
+        for tokens, ms in row.get("verify_ms", {}).items():
+            print(f"{'':>15}   verify {tokens}: {ms:.2f} ms, {ms / row['step_ms']:.2f} of a step")
+
+
+def main() -> None:
+    """Parse the command line, run, print and record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=list(REFERENCE), help="CONTEXTxBATCH")
+    parser.add_argument("--verify", type=int, nargs="*", default=[], help="also steps of so many tokens, at batch 1")
+    parser.add_argument("--profile", help="print one step of this case by kernel")
+    parser.add_argument("--all-mla", action="store_true", help="the same shape with MLA in every layer")
+    parser.add_argument("--native", action="store_true", help="measure transformers' native class too")
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    arguments = parser.parse_args()
+    start = time.perf_counter()
+    model = random_model(KimiLinearForCausalLM, released_config(arguments.all_mla))
+    torch.cuda.synchronize()
+    print(f"weights drawn in {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+    rows = []
+    for case in arguments.cases:
+        rows.append(measure(model, case, arguments.verify))
+        print(rows[-1], file=sys.stderr, flush=True)
+    kernels = profile(model, arguments.profile) if arguments.profile else []
+    del model
+    with_peer = [case for case in arguments.cases if REFERENCE.get(case, (0, 0))[1]]
+    native = [measure_native(case) for case in with_peer] if arguments.native else []
+    show(rows, {row["case"]: row for row in native})
+    for kernel in kernels:
+        print(f"{kernel['us']:9.1f} us {kernel['calls']:5.0f} x  {kernel['kernel']}")
+    if arguments.out:
+        versions = {"torch": torch.__version__, "triton": triton.__version__, "transformers": transformers.__version__}
+        result = {
+            "date": datetime.now(timezone.utc).date().isoformat(),
+            "command": " ".join(["python -m benchmarks.decode", *sys.argv[1:]]),
+            "device": torch.cuda.get_device_name(),
+            "versions": {"python": platform.python_version(), **versions},
+            "ours": rows,
+            "native": native,
+            "profile": kernels,
+        }
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
