@@ -1,5 +1,6 @@
 """Which way a model decodes: by the captured step where it can be served, else layer by layer."""
 
+import threading
 from collections import OrderedDict
 from typing import Any
 
@@ -34,6 +35,7 @@ class DecodePath:
         self._steps: OrderedDict[tuple[int, int], DecodeStep] = OrderedDict()
         self._fingerprint: tuple[Any, ...] | None = None
         self._reason: str | None = None
+        self._lock = threading.Lock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DecodePath":
         return DecodePath()
@@ -60,13 +62,14 @@ class DecodePath:
         """The step for `tokens` new tokens of `batch` sequences, captured if need be, or None (see `reason`)."""
         if tokens > MAX_NEW_TOKENS or batch * tokens > MAX_STEP_TOKENS or self.reason(model) is not None:
             return None
-        step = self._steps.get((batch, tokens))
-        if step is None:
-            step = self._steps[batch, tokens] = DecodeStep(model, batch, tokens)
-            if len(self._steps) > _KEPT_STEPS:
-                self._steps.popitem(last=False)
-        self._steps.move_to_end((batch, tokens))
-        return step
+        with self._lock:
+            step = self._steps.get((batch, tokens))
+            if step is None:
+                step = self._steps[batch, tokens] = DecodeStep(model, batch, tokens)
+                if len(self._steps) > _KEPT_STEPS:
+                    self._steps.popitem(last=False)
+            self._steps.move_to_end((batch, tokens))
+            return step
 
 
 def gpu_has_kernels(model: Any) -> bool:
@@ -83,8 +86,8 @@ def _changing_reason(model: Any) -> str | None:
         return f"only {model.config.num_hidden_layers} of {len(model.model.layers)} layers are in use (early exit)"
     if model.training:
         return "the model is in training mode; call model.eval()"
-    if torch.compiler.is_compiling():
-        return "torch.compile traces the layers"
+    if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        return "the layers are being compiled or captured"
     if model.config.kda_backend not in ("auto", "triton"):
         return f"kda_backend is {model.config.kda_backend!r}"
     for name, module in model.named_modules():

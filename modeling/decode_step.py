@@ -17,6 +17,7 @@ rounded once. Nothing is less precise.
 """
 
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -59,7 +60,8 @@ class DecodeStep:
     """
 
     def __init__(self, model: Any, batch: int, tokens: int) -> None:
-        self.model, self.batch, self.tokens = model, batch, tokens
+        self._model = weakref.ref(model)  # the model holds its steps; a cycle would keep its memory
+        self.batch, self.tokens = batch, tokens
         self.config: KimiLinearConfig = model.config
         weight = model.lm_head.weight
         self.device, self.dtype = weight.device, weight.dtype
@@ -79,6 +81,7 @@ class DecodeStep:
         if self.device.type == "cuda":
             self._capture()
 
+    @torch.inference_mode(False)  # what is made in inference mode can't be written outside of it
     def _allocate(self) -> None:
         """Everything that passes between launches."""
         config, N = self.config, self.batch * self.tokens
@@ -105,7 +108,7 @@ class DecodeStep:
         self.q_latent = empty(N, heads, R + S)
         self.partial = empty(N, splits, heads, R, dtype=torch.float32)
         self.partial_lse = empty(N, splits, heads, dtype=torch.float32)
-        self.logits = empty(N, config.vocab_size)
+        self.logits = empty(N, self._model().lm_head.weight.shape[0])
         if "sparse" in config.mlp_layer_types:
             E, topk, I = config.num_experts, config.num_experts_per_token, config.moe_intermediate_size
             shared = config.num_shared_experts
@@ -150,10 +153,11 @@ class DecodeStep:
             with torch.cuda.device(self.device):
                 part()
 
-        kinds = {(layer.is_kda, layer.is_moe): i for i, layer in enumerate(self.model.model.layers)}
+        layers = self._model().model.layers
+        kinds = {(layer.is_kda, layer.is_moe): i for i, layer in enumerate(layers)}
         parts = [self._launch_head]
         for i in kinds.values():
-            layer, entry = self.model.model.layers[i], self.table[i]
+            layer, entry = layers[i], self.table[i]
             parts += [lambda a=layer, b=entry: self._launch_mixer(a, b), lambda a=layer: self._launch_mlp(a)]
         with ThreadPoolExecutor(len(parts)) as pool:
             for done in [pool.submit(launch, part) for part in parts]:
@@ -246,7 +250,7 @@ class DecodeStep:
 
     @torch.no_grad()
     def _launch(self) -> None:
-        model = self.model.model
+        model = self._model().model
         torch.index_select(model.embed_tokens.weight, 0, self.input_ids, out=self.x)
         for layer, entry in zip(model.layers, self.table):
             self._launch_mixer(layer, entry)
@@ -264,7 +268,8 @@ class DecodeStep:
             self._dense(layer.mlp, layer.post_attention_layernorm)
 
     def _launch_head(self) -> None:
-        self._linear(self.x, [self.model.lm_head.weight], self.logits, norm=self.model.model.norm)
+        model = self._model()
+        self._linear(self.x, [model.lm_head.weight], self.logits, norm=model.model.norm)
 
     def _linear(
         self, x: torch.Tensor, weights: list[torch.Tensor], y: torch.Tensor, norm: Any = None, **options: Any

@@ -19,7 +19,7 @@ class KimiGenerationMixin(GenerationMixin):
 
     @property
     def decode_path(self) -> str:
-        """How this model decodes as it stands: by captured steps, or layer by layer and why."""
+        """How this model decodes as it stands: by captured steps (of up to 64 tokens), or layer by layer and why."""
         reason = self._decode.reason(self)
         return "captured steps" if reason is None else f"layer by layer: {reason}"
 

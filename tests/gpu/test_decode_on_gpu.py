@@ -142,4 +142,3 @@ def test_memory_does_not_grow(model):
     for i in range(200):
         generate(1 + i % 3, 5 + i % 36)
     assert torch.cuda.memory_allocated() <= held
-

@@ -5,6 +5,7 @@ Logits in fp32 agree to 1e-5 of their norm: some hundred operations of eps 1.2e-
 """
 
 import copy
+import gc
 import os
 import pickle
 import threading
@@ -241,6 +242,18 @@ def test_copies_and_pickles(stepping):
     expected = greedy(model)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(greedy(twin), expected)
+
+
+def test_inference_mode_and_a_model_that_goes(stepping):
+    model = make_model()
+    with torch.inference_mode():
+        expected = greedy(model)
+    assert torch.equal(greedy(model), expected)
+    step = model._decode.step(model, 2, 1)
+    assert step._model() is model
+    del model
+    gc.collect()
+    assert step._model() is None
 
 
 def test_interruption_leaves_the_model_usable(model, stepping):
