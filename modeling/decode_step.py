@@ -18,7 +18,6 @@ rounded once. Nothing is less precise.
 
 import threading
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -149,9 +148,14 @@ class DecodeStep:
     def _compile(self) -> None:
         """Compile the kernels of each kind of layer side by side: in turn they would take some ten seconds."""
 
+        errors: list[Exception] = []
+
         def launch(part: Any) -> None:
-            with torch.cuda.device(self.device):
-                part()
+            try:
+                with torch.cuda.device(self.device):
+                    part()
+            except Exception as error:
+                errors.append(error)
 
         layers = self._model().model.layers
         kinds = {(layer.is_kda, layer.is_moe): i for i, layer in enumerate(layers)}
@@ -159,9 +163,13 @@ class DecodeStep:
         for i in kinds.values():
             layer, entry = layers[i], self.table[i]
             parts += [lambda a=layer, b=entry: self._launch_mixer(a, b), lambda a=layer: self._launch_mlp(a)]
-        with ThreadPoolExecutor(len(parts)) as pool:
-            for done in [pool.submit(launch, part) for part in parts]:
-                done.result()
+        threads = [threading.Thread(target=launch, args=(part,)) for part in parts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
 
     def __call__(
         self, cache: KimiLinearCache, input_ids: torch.Tensor, mask: torch.Tensor | None = None

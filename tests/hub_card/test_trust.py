@@ -9,7 +9,8 @@ from kimi_linear.hub_card.code_flattening import flatten_sources
 # Modules of the standard library without files, processes, network, serialisation or interpreter internals.
 HARMLESS_MODULES = {
     "__future__", "abc", "bisect", "collections", "contextlib", "copy", "dataclasses", "enum", "functools", "hashlib",
-    "inspect", "itertools", "json", "math", "numbers", "operator", "re", "types", "typing", "warnings", "weakref",
+    "inspect", "itertools", "json", "math", "numbers", "operator", "re", "threading", "types", "typing", "warnings",
+    "weakref",
 }  # fmt: skip
 PACKAGES = {"torch", "transformers", "safetensors", "triton", "fla"}
 # What of these packages downloads, compiles, loads pickles or talks to other machines.
