@@ -147,7 +147,6 @@ class DecodeStep:
 
     def _compile(self) -> None:
         """Compile the kernels of each kind of layer side by side: in turn they would take some ten seconds."""
-
         errors: list[Exception] = []
 
         def launch(part: Any) -> None:
