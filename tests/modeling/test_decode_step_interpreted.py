@@ -33,7 +33,7 @@ MASK = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9])
 
 def make_model(**overrides):
     torch.manual_seed(0)
-    config = tiny_config(kda_layers=(1, 2), full_attn_layers=(3,))
+    config = tiny_config(kda_layers=(1,), full_attn_layers=(2,))
     config["linear_attn_config"] = {**config["linear_attn_config"], "num_heads": 2}
     model = KimiLinearForCausalLM(KimiLinearConfig.from_dict({**config, **overrides})).eval()
     for name, parameter in model.named_parameters():
@@ -196,7 +196,7 @@ def test_what_a_step_cannot_answer_goes_by_layers(model, stepping):
     cache = model(PROMPT, attention_mask=MASK, use_cache=True).past_key_values
     new, mask = torch.tensor([[5], [6]]), torch.nn.functional.pad(MASK, (0, 1), value=1)
     outputs = model(new, attention_mask=mask, past_key_values=cache, output_hidden_states=True)
-    assert len(outputs.hidden_states) == 4
+    assert len(outputs.hidden_states) == 3
     holes = torch.nn.functional.pad(mask, (0, 1))  # the new token of each row is padding
     model(new, attention_mask=holes, past_key_values=cache)
     assert not stepping
