@@ -116,7 +116,8 @@ def decode_attend_kernel(
     b_l = tl.zeros([BH], tl.float32)
     b_o = tl.zeros([BR, BH], tl.float32)
     BYTES: tl.constexpr = BL * (R + S) * (q.dtype.element_ty.primitive_bitwidth // 8)
-    first_byte, last_byte = rows.to(tl.int64), (rows + end.to(tl.int64) * (R + S)).to(tl.int64) - 128
+    first_byte = rows.to(tl.int64)
+    last_byte = tl.maximum((rows + end.to(tl.int64) * (R + S)).to(tl.int64) - 128, first_byte)
     for i_l in tl.range(begin, end, BL, num_stages=STAGES):
         if PREFETCH > 0:
             # Shared memory holds two blocks, too few bytes in flight for the memory's latency: the L2 takes more.

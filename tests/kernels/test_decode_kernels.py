@@ -12,9 +12,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from test_kda_triton_compile import SHARED_LIMIT, TARGETS, _OfflineDriver, resources
+from offline_compile import SHARED_LIMIT, TARGETS, compiling, resources
 from tiny_checkpoints import RELEASED_CONFIG
-from triton.runtime.driver import driver
 
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.kernels import (
@@ -65,21 +64,10 @@ def model():
 @pytest.mark.parametrize(("gpu", "batch"), [*itertools.product(TARGETS, [1, 64]), ("sm_90", 8)])
 def test_step_compiles_and_fits(gpu, batch, model, monkeypatch):
     """At the released shape: shared memory within limits; matrix products on tensor cores; wide loads of weights."""
-    target, compiled = TARGETS[gpu], []
-    step = DecodeStep(model, batch, 1)
+    target, step = TARGETS[gpu], DecodeStep(model, batch, 1)
     step._gpu, step._pdl = gpu, gpu in ("sm_90", "sm_100")
-    monkeypatch.setattr(driver, "_active", _OfflineDriver(target))
-    for kernel in KERNELS:
-        kernel.device_caches.clear()
-
-        def run(*args, grid, warmup, kernel=kernel, launch=kernel.run, **kwargs):
-            compiled.append((kernel.__name__, launch(*args, grid=grid, warmup=True, **kwargs)))
-
-        monkeypatch.setattr(kernel, "run", run)
-    step._launch()
-    monkeypatch.undo()
-    for kernel in KERNELS:
-        kernel.device_caches.clear()
+    with compiling(KERNELS, target, monkeypatch) as compiled:
+        step._launch()
     for name, kernel in {kernel.hash: (name, kernel) for name, kernel in compiled}.values():
         registers, spilled = resources(kernel, target.backend)
         shared = kernel.metadata.shared

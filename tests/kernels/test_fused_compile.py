@@ -5,8 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from test_kda_triton_compile import TARGETS, _OfflineDriver, resources
-from triton.runtime.driver import driver
+from offline_compile import TARGETS, compiling, resources
 
 from kimi_linear.kernels import (
     fused_norms_triton,
@@ -52,18 +51,9 @@ def launch_all(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("gpu", list(TARGETS))
 def test_compiles_without_spills(gpu, dtype, monkeypatch):
-    target, compiled = TARGETS[gpu], []
-    monkeypatch.setattr(driver, "_active", _OfflineDriver(target))
-    for kernel in KERNELS:
-        kernel.device_caches.clear()
-
-        def run(*args, grid, warmup, kernel=kernel, launch=kernel.run, **kwargs):
-            compiled.append((kernel.__name__, launch(*args, grid=grid, warmup=True, **kwargs)))
-
-        monkeypatch.setattr(kernel, "run", run)
-    launch_all(dtype)
-    for kernel in KERNELS:
-        kernel.device_caches.clear()
+    target = TARGETS[gpu]
+    with compiling(KERNELS, target, monkeypatch) as compiled:
+        launch_all(dtype)
     assert {name for name, _ in compiled} == {kernel.__name__ for kernel in KERNELS}
     for name, kernel in compiled:
         registers, spilled = resources(kernel, target.backend)

@@ -7,30 +7,17 @@ limit, code that the compiler turned into a trap), as does a kernel whose regist
 table of registers, spills and shared memory is printed (`pytest -s`).
 """
 
-import contextlib
-import re
-import subprocess
-import tempfile
-from pathlib import Path
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
+from offline_compile import SHARED_LIMIT, TARGETS, compiling, resources
 
 from kimi_linear.kernels import kda_triton, kda_triton_index, kda_triton_inter, kda_triton_intra
 from kimi_linear.kernels import kda_triton_step as step_module
 from kimi_linear.kernels.kda_triton_configs import CLASSES, inter_config, intra_config, step_config
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32), "gfx942": GPUTarget("hip", "gfx942", 64),
-}  # fmt: skip
-SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 # Bytes (AMD: registers). Seen from the assembler giving up: 7,376, with 32 registers; otherwise at most 1,104 in the
 # forward, and 5,696 in the decode step with heads of 256.
 SPILL_LIMIT = {"kda_step_fwd_kernel": 6 << 10}
@@ -38,55 +25,6 @@ KERNELS = [
     kda_triton_index.kda_index_fwd_kernel, kda_triton_intra.kda_intra_fwd_kernel,
     kda_triton_inter.kda_inter_fwd_kernel, step_module.kda_step_fwd_kernel,
 ]  # fmt: skip
-
-
-class _OfflineDriver:
-    """Just enough of a Triton driver to compile for a target that is not there."""
-
-    def __init__(self, target):
-        self.target = target
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=0):
-        return 0
-
-
-@contextlib.contextmanager
-def compiling(target, monkeypatch):
-    """Inside, launches compile; yields the list of (kernel name, compiled kernel)."""
-    compiled = []
-    monkeypatch.setattr(driver, "_active", _OfflineDriver(target))
-    for kernel in KERNELS:
-        kernel.device_caches.clear()  # they know the device's number only, and it is the same for every target
-
-        def run(*args, grid, warmup, kernel=kernel, launch=kernel.run, **kwargs):
-            compiled.append((kernel.__name__, launch(*args, grid=grid, warmup=True, **kwargs)))
-
-        monkeypatch.setattr(kernel, "run", run)
-    yield compiled
-    for kernel in KERNELS:
-        kernel.device_caches.clear()
-
-
-def resources(kernel, backend):
-    """Registers, bytes (cuda) or registers (hip) spilled."""
-    if backend == "hip":
-        text = kernel.asm["amdgcn"]
-        return int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1]), int(
-            re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1]
-        )
-    tool = next((Path(triton.__file__).parent / "backends/nvidia/bin").glob("cuobjdump*"))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
 
 
 def launch_all(gpu, K, V, dtype, packed):
@@ -128,7 +66,7 @@ CASES = [  # K, V, dtype, packed
 )
 def test_compiles_and_fits(gpu, K, V, dtype, packed, monkeypatch):
     target = TARGETS[gpu]
-    with compiling(target, monkeypatch) as compiled:
+    with compiling(KERNELS, target, monkeypatch) as compiled:
         launch_all(gpu, K, V, dtype, packed)
     assert {name for name, _ in compiled} >= {kernel.__name__ for kernel in KERNELS[not packed :]}
     for name, kernel in compiled:

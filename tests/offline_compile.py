@@ -1,0 +1,67 @@
+"""Launches that compile for a GPU which is not there: what the tests of every kernel folder share."""
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32), "gfx942": GPUTarget("hip", "gfx942", 64),
+}  # fmt: skip
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+
+
+class _OfflineDriver:
+    """Just enough of a Triton driver to compile for a target that is not there."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=0):
+        return 0
+
+
+@contextlib.contextmanager
+def compiling(kernels, target, monkeypatch):
+    """Inside, launches compile; yields the list of (kernel name, compiled kernel)."""
+    compiled = []
+    monkeypatch.setattr(driver, "_active", _OfflineDriver(target))
+    for kernel in kernels:
+        kernel.device_caches.clear()  # they know the device's number only, and it is the same for every target
+
+        def run(*args, grid, warmup, kernel=kernel, launch=kernel.run, **kwargs):
+            compiled.append((kernel.__name__, launch(*args, grid=grid, warmup=True, **kwargs)))
+
+        monkeypatch.setattr(kernel, "run", run)
+    yield compiled
+    monkeypatch.undo()
+    for kernel in kernels:
+        kernel.device_caches.clear()
+
+
+def resources(kernel, backend):
+    """Registers, bytes (cuda) or registers (hip) spilled."""
+    if backend == "hip":
+        text = kernel.asm["amdgcn"]
+        return int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1]), int(
+            re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1]
+        )
+    tool = next((Path(triton.__file__).parent / "backends/nvidia/bin").glob("cuobjdump*"))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
