@@ -211,7 +211,7 @@ def decode_latent_attention(
         tokens: T, tokens of each batch row; N is a multiple.
         shared: S, width of the shared key.
         scale: of the scores.
-        config: for H heads over rows of R + S.
+        config: for H heads over latents of R.
         upcast: multiply bf16 as fp32 (for Triton's interpreter).
         pdl: launch programmatically dependent (see decode_linear), and prefetch to the L2 (both from sm_90 on).
     """
