@@ -106,7 +106,8 @@ def test_recording_by_steps_rolls_back(model):
             model(ids[:, i : i + 1], past_key_values=cache)
         cache.crop(-5)
         states = [layer.state for layer in cache.layers if hasattr(layer, "state")]
-        assert all(torch.equal(state, kept) for state, kept in zip(states, wanted))
+        # One kernel, compiled with and without the table of addresses: the same operations, to fp32 rounding at worst.
+        assert all(float((state - kept).norm() / kept.norm()) < 1e-6 for state, kept in zip(states, wanted))
 
 
 def test_prompt_lookup_gives_the_greedy_text(model):

@@ -5,6 +5,7 @@ Logits in fp32 agree to 1e-5 of their norm: some hundred operations of eps 1.2e-
 """
 
 import copy
+import dataclasses
 import gc
 import os
 import pickle
@@ -289,3 +290,36 @@ def test_two_threads(model, stepping):
     for thread in threads:
         thread.join()
     assert all(torch.equal(text, wanted) for text, wanted in zip(texts, expected))
+
+
+@torch.no_grad()
+def test_steps_record_what_a_rollback_needs(model, stepping):
+    """Tokens taken by steps go back bit for bit: the replay is the step's own kernel."""
+    caches = []
+    for taken in (2, 4):
+        cache = KimiLinearCache(model.config)
+        model.model(PROMPT, attention_mask=MASK, past_key_values=cache)
+        cache.activate_past_recording()  # behind the prompt, which the layers have stepped through in PyTorch
+        for layer in cache.layers:
+            if hasattr(layer, "weights"):  # "auto" on a GPU; here it has to be named for the replay
+                layer.weights = dataclasses.replace(layer.weights, backend="triton")
+        mask = MASK
+        for i in range(taken):
+            new = torch.tensor([[20 + i], [30 + i]]) if i < 2 else torch.tensor([[50], [60]])
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            model(new, attention_mask=mask, past_key_values=cache)
+        caches.append(cache)
+    assert stepping == [(2, 1)] * 6
+    caches[1].crop(-2)
+    assert caches[1].get_seq_length() == caches[0].get_seq_length()
+    for layer, wanted in zip(caches[1].layers, caches[0].layers):
+        kept = ("state", "window") if hasattr(wanted, "state") else ("rows",)
+        assert all(torch.equal(getattr(layer, name), getattr(wanted, name)) for name in kept)
+
+
+def test_prompt_lookup_takes_steps_of_several_tokens(model, stepping):
+    prompt = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 119, "pad_token_id": 0}
+    expected = layer_by_layer(model, lambda: model.generate(prompt, **options))
+    assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=3, **options), expected)
+    assert any(tokens > 1 for _, tokens in stepping)
