@@ -68,6 +68,14 @@ def test_step_compiles_and_fits(gpu, batch, model, monkeypatch):
     step._gpu, step._pdl = gpu, gpu in ("sm_90", "sm_100")
     with compiling(KERNELS, target, monkeypatch) as compiled:
         step._launch()
+    with compiling(KERNELS, target, monkeypatch) as side_by_side:
+        for launch in step._kinds_of_launches():
+            launch()
+    assert {kernel.hash for _, kernel in side_by_side} == {kernel.hash for _, kernel in compiled}
+    several = {"decode_skinny_kernel", "decode_grouped_up_kernel", "decode_group_kernel"}
+    one = {"decode_gemv_kernel", "decode_expert_up_kernel", "decode_expert_down_kernel"}
+    wanted = {"kda_step_fwd_kernel", "decode_attend_kernel", *(one if batch == 1 else several)}
+    assert wanted <= {name for name, _ in compiled}
     for name, kernel in {kernel.hash: (name, kernel) for name, kernel in compiled}.values():
         registers, spilled = resources(kernel, target.backend)
         shared = kernel.metadata.shared
