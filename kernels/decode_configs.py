@@ -7,6 +7,10 @@ The one-token choices, the grouped experts and the attention over latents were m
 
 from typing import NamedTuple
 
+from .kda_triton_configs import padded
+
+GROUP = 16  # pairs of token and expert that a block holds: the tokens of one expert are few
+
 
 class GemvConfig(NamedTuple):
     """One token. BN: rows of the weights a program takes, BK: columns at a time, UNROLL: such blocks in flight."""
@@ -27,9 +31,6 @@ class SkinnyConfig(NamedTuple):
     num_stages: int
 
 
-GROUP = 16  # pairs of token and expert that a block holds: the tokens of one expert are few
-
-
 class LatentConfig(NamedTuple):
     """Attention over latent rows. BH: padded heads, BL: rows at a time, num_stages: blocks in flight."""
 
@@ -39,14 +40,9 @@ class LatentConfig(NamedTuple):
     num_stages: int
 
 
-def launch_options(pdl: bool) -> dict[str, bool]:
+def overlap_options(pdl: bool) -> dict[str, bool]:
     """Launch keywords; only NVIDIA's backend knows `launch_pdl`."""
     return {"launch_pdl": True} if pdl else {}
-
-
-def padded(size: int, least: int = 16) -> int:
-    """The next power of two, at least `least`."""
-    return max(least, 1 << (size - 1).bit_length())
 
 
 def _unroll(blocks: int) -> int:
@@ -114,7 +110,6 @@ __all__ = [
     "gemv_config",
     "grouped_configs",
     "latent_config",
-    "launch_options",
-    "padded",
+    "overlap_options",
     "skinny_config",
 ]

@@ -12,7 +12,7 @@ the router has spoken, the shared expert's weights, is loaded ahead (PDL, see de
 
 import torch
 
-from .decode_configs import GemvConfig, launch_options
+from .decode_configs import GemvConfig, overlap_options
 from .decode_linear import decode_block, decode_input
 from .decode_routing import decode_store_choice, decode_topk
 from .kda_triton_math import kda_sigmoid
@@ -156,7 +156,7 @@ def decode_expert_up(
         x, norm_weight, logits, bias, gate_up, shared_gate, shared_up, h, chosen, weights, eps, factor,
         E=E, BE=triton.next_power_of_2(E), TOPK=TOPK, BT=triton.next_power_of_2(TOPK), BIASED=biased,
         RENORMALIZE=renormalize, K=K, I=I, BN=config.BN, BK=config.BK, UNROLL=config.UNROLL, PDL=pdl,
-        num_warps=config.num_warps, **launch_options(pdl),
+        num_warps=config.num_warps, **overlap_options(pdl),
     )  # fmt: skip
 
 
@@ -180,7 +180,7 @@ def decode_expert_down(
     decode_expert_down_kernel[(triton.cdiv(H, config.BN),)](
         h, chosen, weights, down, down if shared_down is None else shared_down, y,
         TOPK=TOPK, NS=h.shape[0] - TOPK, H=H, I=I, BN=config.BN, BK=config.BK, UNROLL=config.UNROLL, PDL=pdl,
-        num_warps=config.num_warps, **launch_options(pdl),
+        num_warps=config.num_warps, **overlap_options(pdl),
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ with fp32 sums. z is rounded to the model's dtype, as in the released code; the 
 
 import torch
 
-from .decode_configs import SkinnyConfig, launch_options
+from .decode_configs import SkinnyConfig, overlap_options
 from .kda_triton_math import kda_dot, kda_sigmoid
 
 try:
@@ -136,15 +136,15 @@ def decode_grouped_experts(
     decode_grouped_up_kernel[(triton.cdiv(I, up.BN), experts.numel())](
         x, pairs, experts, n_blocks, gate_up, h, x.stride(0),
         TOPK=TOPK, K=H, I=I, BM=up.BM, BN=up.BN, BK=up.BK, STAGES=up.num_stages, UPCAST=upcast, PDL=pdl,
-        num_warps=up.num_warps, **launch_options(pdl),
+        num_warps=up.num_warps, **overlap_options(pdl),
     )  # fmt: skip
     decode_grouped_down_kernel[(triton.cdiv(H, out.BN), experts.numel())](
         h, pairs, experts, n_blocks, down, z,
         H=H, I=I, BM=out.BM, BN=out.BN, BK=out.BK, STAGES=out.num_stages, UPCAST=upcast, PDL=pdl,
-        num_warps=out.num_warps, **launch_options(pdl),
+        num_warps=out.num_warps, **overlap_options(pdl),
     )  # fmt: skip
     decode_combine_kernel[(N, triton.cdiv(H, 512))](
-        z, weights, y, TOPK=TOPK, H=H, BH=512, PDL=pdl, num_warps=4, **launch_options(pdl)
+        z, weights, y, TOPK=TOPK, H=H, BH=512, PDL=pdl, num_warps=4, **overlap_options(pdl)
     )
 
 

@@ -19,7 +19,8 @@ past + n % T.
 
 import torch
 
-from .decode_configs import LatentConfig, launch_options, padded
+from .decode_configs import LatentConfig, overlap_options
+from .kda_triton_configs import padded
 from .kda_triton_math import kda_dot
 
 try:
@@ -221,20 +222,20 @@ def decode_latent_attention(
     decode_absorb_kernel[(N, H + 1, triton.cdiv(R, 128))](
         p, kv_b, norm_weight, q, table, past, norm_eps, p.stride(0),
         T=tokens, H=H, D=D, V=V, R=R, S=shared, BD=padded(D), BR=min(128, BR), BRR=BR, BS=BS, PDL=pdl,
-        num_warps=4, **launch_options(pdl),
+        num_warps=4, **overlap_options(pdl),
     )  # fmt: skip
     decode_attend_kernel[(splits, N)](
         q, table, past, partial, partial_lse, scale * 1.4426950408889634,
         T=tokens, H=H, R=R, S=shared, SPLITS=splits, BH=config.BH, BR=BR, BS=BS, BL=config.BL,
         STAGES=config.num_stages, UPCAST=upcast, PDL=pdl,
         PREFETCH=1 if pdl else 0, LINES=padded(config.BL * (R + shared) * q.element_size() // 128),
-        num_warps=config.num_warps, **launch_options(pdl),
+        num_warps=config.num_warps, **overlap_options(pdl),
     )  # fmt: skip
     BV = min(32, padded(V))
     decode_value_kernel[(N, H, triton.cdiv(V, BV))](
         partial, partial_lse, kv_b, past, o,
         T=tokens, H=H, D=D, V=V, R=R, SPLITS=splits, BP=padded(splits), BR=BR, BV=BV, BX=16, BL=config.BL,
-        PDL=pdl, num_warps=8, **launch_options(pdl),
+        PDL=pdl, num_warps=8, **overlap_options(pdl),
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ step waits, so that a launch that has returned from its wait knows all launches 
 
 import torch
 
-from .decode_configs import GemvConfig, SkinnyConfig, launch_options
+from .decode_configs import GemvConfig, SkinnyConfig, overlap_options
 from .kda_triton_math import kda_dot, kda_sigmoid
 
 try:
@@ -213,7 +213,7 @@ def decode_linear(
     tiles = sum(triton.cdiv(size, config.BN) for size in sizes)
     common = {f"M{i}": size for i, size in enumerate(sizes + [0] * missing)}
     common |= {f"X{i}": column for i, column in enumerate([*(x_columns or [0] * len(weights)), *[0] * missing])}
-    common |= {"K": K, "HAS_RESIDUAL": residual is not None, "GATED": gated, "PDL": pdl, **launch_options(pdl)}
+    common |= {"K": K, "HAS_RESIDUAL": residual is not None, "GATED": gated, "PDL": pdl, **overlap_options(pdl)}
     weights = [*weights, *[weights[0]] * missing]
     if isinstance(config, GemvConfig):
         decode_gemv_kernel[(tiles,)](

@@ -14,7 +14,8 @@ token * TOPK + choice, are laid out expert by expert in blocks of BM, each block
 
 import torch
 
-from .decode_configs import launch_options, padded
+from .decode_configs import overlap_options
+from .kda_triton_configs import padded
 from .kda_triton_math import kda_sigmoid
 
 try:
@@ -125,7 +126,7 @@ def decode_route(
     decode_route_kernel[(N,)](
         logits, bias, chosen, weights, logits.stride(0), factor,
         E=E, BE=triton.next_power_of_2(E), TOPK=TOPK, BT=triton.next_power_of_2(TOPK),
-        BIASED=biased, RENORMALIZE=renormalize, PDL=pdl, num_warps=1, **launch_options(pdl),
+        BIASED=biased, RENORMALIZE=renormalize, PDL=pdl, num_warps=1, **overlap_options(pdl),
     )  # fmt: skip
 
 
@@ -148,7 +149,7 @@ def decode_group(
     decode_group_kernel[(num_experts,)](
         chosen, pairs, experts, n_blocks, P,
         E=num_experts, BE=triton.next_power_of_2(num_experts + 1), BP=padded(P), BM=BM, PDL=pdl,
-        num_warps=4, **launch_options(pdl),
+        num_warps=4, **overlap_options(pdl),
     )  # fmt: skip
 
 

@@ -12,6 +12,8 @@ import re
 
 import torch
 
+from .kda_triton_configs import padded
+
 try:
     import triton
     import triton.language as tl
@@ -66,17 +68,13 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _padded(size: int) -> int:
-    return max(16, 1 << (size - 1).bit_length())
-
-
 @torch.library.custom_op(f"{_NAMESPACE}::rms_norm_fwd", mutates_args=())
 def rms_norm_fwd(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """The plain norm of x [..., D], weight [D] of the same dtype; a fresh contiguous tensor."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, D = _rows(x), x.shape[-1]
     if x.numel() > 0:
-        BD = _padded(D)
+        BD = padded(D)
         rms_norm_fwd_kernel[(rows.shape[0],)](
             rows, None, weight, None, y, rows.stride(0), 0, eps,
             D=D, BD=BD, HAS_RESIDUAL=False, num_warps=_warps(BD),
@@ -97,7 +95,7 @@ def add_rms_norm_fwd(
     y, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     rows, others, D = _rows(x), _rows(residual), x.shape[-1]
     if x.numel() > 0:
-        BD = _padded(D)
+        BD = padded(D)
         rms_norm_fwd_kernel[(rows.shape[0],)](
             rows, others, weight, total, y, rows.stride(0), others.stride(0), eps,
             D=D, BD=BD, HAS_RESIDUAL=True, num_warps=_warps(BD),
@@ -116,7 +114,7 @@ def gated_rms_norm_fwd(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, gates, D = _rows(x), _rows(gate), x.shape[-1]
     if x.numel() > 0:
-        BD = _padded(D)
+        BD = padded(D)
         BN = max(1, 2048 // BD)
         gated_rms_norm_fwd_kernel[(triton.cdiv(rows.shape[0], BN),)](
             rows, gates, weight, y, rows.stride(0), gates.stride(0), eps, rows.shape[0],

@@ -25,7 +25,7 @@ the recording's sequences.
 
 import torch
 
-from .decode_configs import launch_options as overlap_options
+from .decode_configs import overlap_options
 from .kda_triton_configs import KdaStepConfig, launch_options
 from .kda_triton_math import kda_gate_log2, kda_sigmoid
 

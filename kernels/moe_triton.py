@@ -14,6 +14,8 @@ import re
 
 import torch
 
+from .kda_triton_configs import padded
+
 try:
     import triton
     import triton.language as tl
@@ -103,10 +105,6 @@ def combine_rows_fwd_kernel(
     tl.store(y + i_n * H + o_h, b_y, mask=m_h)
 
 
-def _padded(size: int) -> int:
-    return max(16, 1 << (size - 1).bit_length())
-
-
 def _dense(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -124,7 +122,7 @@ def route_fwd(
     weights = torch.empty(N, top_k, dtype=torch.float32, device=logits.device)
     experts = torch.empty(N, top_k, dtype=torch.int64, device=logits.device)
     if N > 0:
-        BE = _padded(E)
+        BE = padded(E)
         BN = max(1, 2048 // BE)
         route_fwd_kernel[(triton.cdiv(N, BN),)](
             logits.contiguous(), bias.contiguous(), weights, experts, scaling, N,
@@ -146,7 +144,7 @@ def scatter_rows_fwd(x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     (N, H), KS = x.shape, position.shape[1]
     rows = torch.empty(N * KS, H, dtype=x.dtype, device=x.device)
     if rows.numel() > 0:
-        x, BH = _dense(x), _padded(H)
+        x, BH = _dense(x), padded(H)
         scatter_rows_fwd_kernel[(N,)](
             x, position.contiguous(), rows, x.stride(0), H=H, KS=KS, BH=BH, num_warps=_warps(BH)
         )
@@ -165,7 +163,7 @@ def silu_mul_fwd(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     gates, ups = (_dense(x.reshape(-1, x.shape[-1])) for x in (gate, up))
     if y.numel() > 0:
         N, D = gates.shape
-        BD = min(1024, _padded(D))
+        BD = min(1024, padded(D))
         BN = max(1, 2048 // BD)
         silu_mul_fwd_kernel[(triton.cdiv(N, BN), triton.cdiv(D, BD))](
             gates, ups, y, gates.stride(0), ups.stride(0), N, D=D, BN=BN, BD=BD, num_warps=4
@@ -186,7 +184,7 @@ def combine_rows_fwd(
     (N, KS), H = position.shape, rows.shape[1]
     y = torch.empty(N, H, dtype=rows.dtype, device=rows.device)
     if y.numel() > 0:
-        shared, BH = None if shared is None else _dense(shared), _padded(H)
+        shared, BH = None if shared is None else _dense(shared), padded(H)
         combine_rows_fwd_kernel[(N,)](
             rows, position.contiguous(), weights.contiguous(), shared, y, 0 if shared is None else shared.stride(0),
             H=H, KS=KS, BH=BH, HAS_SHARED=shared is not None, num_warps=_warps(BH),

@@ -21,12 +21,13 @@ def can_sample_with_steps(generation_config: Any, model_kwargs: dict[str, Any], 
     wants_layers = generation_config.return_dict_in_generate and (
         generation_config.output_attentions or generation_config.output_hidden_states
     )
+    mask = model_kwargs.get("attention_mask")
+    plain_mask = mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2)
     plain_cache = isinstance(model_kwargs.get("past_key_values"), KimiLinearCache) and model_kwargs.get("use_cache")
-    return plain_cache and not (wants_layers or synced_gpus or generation_config.is_assistant)
+    return plain_mask and plain_cache and not (wants_layers or synced_gpus or generation_config.is_assistant)
 
 
 def sample_with_steps(
-    model: Any,
     step: DecodeStep,
     outputs: Any,
     input_ids: torch.Tensor,
@@ -39,7 +40,6 @@ def sample_with_steps(
     """Continue from `outputs`, the prompt's; arguments and result are those of `GenerationMixin._sample`.
 
     Args:
-        model: for its device.
         step: for input_ids.shape[0] sequences of one token.
         outputs: of the prompt's forward: its last logits and the `KimiLinearCache`.
         input_ids: [B, T], the prompt.

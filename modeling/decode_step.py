@@ -32,7 +32,6 @@ from ..kernels.decode_configs import (
     gemv_config,
     grouped_configs,
     latent_config,
-    padded,
     skinny_config,
 )
 from ..kernels.decode_experts import decode_expert_down, decode_expert_up
@@ -41,7 +40,7 @@ from ..kernels.decode_latent import decode_latent_attention
 from ..kernels.decode_linear import decode_linear
 from ..kernels.decode_routing import decode_group, decode_route, most_blocks
 from ..kernels.fused_norms_triton import rms_norm_fwd_kernel
-from ..kernels.kda_triton_configs import gpu_class, step_config
+from ..kernels.kda_triton_configs import gpu_class, padded, step_config
 from ..kernels.kda_triton_step import kda_step_fwd
 from .cache_kimi_linear import KDACacheLayer, KimiLinearCache
 

@@ -108,7 +108,7 @@ class KimiGenerationMixin(GenerationMixin):
         outputs = self._prefill(input_ids, generation_config, model_kwargs)
         mask = model_kwargs.get("attention_mask")
         return sample_with_steps(
-            self, step, outputs, input_ids, logits_processor, stopping_criteria, generation_config, streamer, mask
+            step, outputs, input_ids, logits_processor, stopping_criteria, generation_config, streamer, mask
         )
 
 

@@ -22,7 +22,8 @@ from tiny_checkpoints import tiny_config
 from transformers.generation import BaseStreamer
 
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
-from kimi_linear.kernels.decode_configs import GemvConfig, padded
+from kimi_linear.kernels.decode_configs import GemvConfig
+from kimi_linear.kernels.kda_triton_configs import padded
 from kimi_linear.modeling import decode_path, decode_step
 from kimi_linear.modeling.cache_kimi_linear import KimiLinearCache
 from kimi_linear.modeling.decode_step import DecodeStep
