@@ -3,13 +3,13 @@
 It does what transformers' `GenerationMixin._sample` does with its logits processors and stopping criteria, and
 differs in what happens between two steps: the next step is launched before the host knows whether a stopping rule has
 fired. The step itself looks: where it has, the cache stays as it is and the result is dropped. So the GPU never waits
-for the host, unless a streamer or a stopping rule does.
+for the host, unless a streamer, a logits processor or a stopping rule does.
 """
 
 from typing import Any
 
 import torch
-from transformers.generation import GenerateDecoderOnlyOutput, MaxLengthCriteria
+from transformers.generation import GenerateDecoderOnlyOutput, MaxLengthCriteria, StoppingCriteriaList
 
 from .cache_kimi_linear import KimiLinearCache
 from .decode_path import step_mask
@@ -45,34 +45,39 @@ def sample_with_steps(
         input_ids: [B, T], the prompt.
         logits_processor, stopping_criteria, generation_config, streamer: from `generate`.
         attention_mask: [B, cached positions] of the prompt, or None.
+
+    Raises:
+        RuntimeError: probabilities that are NaN, as from transformers' own loop, only later.
     """
     cache, records = outputs.past_key_values, _Records(generation_config)
     mask = _mask_for_all_steps(attention_mask, stopping_criteria, step)
     pad = generation_config._pad_token_tensor
     has_eos = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
-    only_length = all(isinstance(criteria, MaxLengthCriteria) for criteria in stopping_criteria)
-    unfinished = torch.ones(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
+    limits = [criteria for criteria in stopping_criteria if type(criteria) is MaxLengthCriteria]
+    rules = StoppingCriteriaList(criteria for criteria in stopping_criteria if criteria not in limits)
+    unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+    sound = unfinished
     logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
     del outputs
     while True:
         scores = logits_processor(input_ids, logits)
         records.add(scores, logits)
         if generation_config.do_sample:
-            next_tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+            next_tokens, drawn = _draw(scores)
+            sound = sound & drawn
         else:
             next_tokens = scores.argmax(dim=-1)
         if has_eos:
-            next_tokens = next_tokens * unfinished + pad.to(next_tokens.device) * (1 - unfinished)
+            next_tokens = torch.where(unfinished, next_tokens, pad.to(next_tokens.device))
         input_ids = torch.cat([input_ids, next_tokens[:, None]], dim=-1)
         if streamer is not None:
             streamer.put(next_tokens.cpu())
-        if only_length:
-            if any(input_ids.shape[1] >= criteria.max_length for criteria in stopping_criteria):
-                break
-            going_on = None
-        else:
-            unfinished = unfinished & ~stopping_criteria(input_ids, records.scores)
-            going_on = _Answer(unfinished.any())
+        if _reached(limits, input_ids):
+            break
+        going_on = None
+        if rules:
+            unfinished = unfinished & ~rules(input_ids, records.scores)
+            going_on = _Answer((unfinished & sound).any())
         with step.lock:
             if mask is not None:
                 mask = _grown(mask, cache.get_seq_length() + 1)
@@ -81,9 +86,40 @@ def sample_with_steps(
             if going_on is not None and not going_on.read():
                 break
             step.commit(cache)
+    if generation_config.do_sample:
+        _check_draws(sound)
     if streamer is not None:
         streamer.end()
     return records.result(input_ids, cache)
+
+
+def _reached(limits: list[MaxLengthCriteria], input_ids: torch.Tensor) -> bool:
+    """Whether a limit of the length, which the host knows, is reached."""
+    length = input_ids.shape[1]
+    for limit in limits:
+        if limit.max_position_embeddings is not None and length == limit.max_position_embeddings + 1:
+            limit(input_ids, None)  # warns that the model was not trained for this
+    return any(length >= limit.max_length for limit in limits)
+
+
+def _draw(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(token ids [B] drawn by the scores [B, vocab_size], bool [B] whether the probabilities were numbers).
+
+    The same tokens from the same random numbers as `torch.multinomial(probabilities, 1)`, which waits for the device
+    twice to look at the probabilities. NaN among them becomes the largest ratio, so one look at the end will do.
+    """
+    probabilities = scores.softmax(dim=-1)
+    best = (probabilities / torch.empty_like(probabilities).exponential_()).max(dim=-1)
+    return best.indices, best.values >= 0
+
+
+def _check_draws(sound: torch.Tensor) -> None:
+    if not bool(sound.all()):
+        rows = (~sound).nonzero().flatten().tolist()
+        raise RuntimeError(
+            f"the probabilities to sample from were NaN in rows {rows}: the logits hold NaN or inf, or a logits "
+            "processor left no token; look at the weights and their dtype, and at the processors"
+        )
 
 
 class _Answer:

@@ -222,7 +222,7 @@ class DecodeStep:
             self.past.fill_(past)
             self._past_on_device = past
         if active is not None:
-            self.lengths.copy_(active * self.tokens)
+            torch.mul(active.expand_as(self.lengths), self.tokens, out=self.lengths)
         elif self._was_conditional:
             self.lengths.fill_(self.tokens)
         self._was_conditional = active is not None

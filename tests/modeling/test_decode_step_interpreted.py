@@ -19,12 +19,12 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 pytest.importorskip("triton")
 
 from tiny_checkpoints import tiny_config
-from transformers.generation import BaseStreamer
+from transformers.generation import BaseStreamer, LogitsProcessor, LogitsProcessorList, stopping_criteria
 
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.kernels.decode_configs import GemvConfig
 from kimi_linear.kernels.kda_triton_configs import padded
-from kimi_linear.modeling import decode_path, decode_step
+from kimi_linear.modeling import decode_loop, decode_path, decode_step
 from kimi_linear.modeling.cache_kimi_linear import KimiLinearCache
 from kimi_linear.modeling.decode_step import DecodeStep
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
@@ -153,6 +153,39 @@ def test_greedy_and_sampled_text(model, stepping):
         return greedy(model, do_sample=True, temperature=1.3, top_k=20, repetition_penalty=1.2)
 
     assert torch.equal(sampled(), layer_by_layer(model, sampled))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_draws_are_those_of_multinomial(seed):
+    scores = 3 * torch.randn(3, 200 + 37 * seed, generator=torch.Generator().manual_seed(seed))
+    scores[:, ::3] = -torch.inf
+    scores[1, 5:] = -torch.inf
+    torch.manual_seed(seed)
+    expected, following = torch.multinomial(scores.softmax(-1), 1)[:, 0], torch.rand(3)
+    torch.manual_seed(seed)
+    tokens, sound = decode_loop._draw(scores)
+    assert torch.equal(tokens, expected) and bool(sound.all())
+    assert torch.equal(torch.rand(3), following)
+
+
+def test_sampling_from_nan_is_refused(model, stepping):
+    class Spoils(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores if input_ids.shape[1] < 11 else torch.full_like(scores, -torch.inf)
+
+    for eos_token_id in (None, 119):
+        with pytest.raises(RuntimeError, match=r"NaN in rows \[0, 1\]"):
+            greedy(model, do_sample=True, eos_token_id=eos_token_id, logits_processor=LogitsProcessorList([Spoils()]))
+    assert len(stepping) < 10  # with an end token to look for, it stops there
+    assert torch.equal(greedy(model), layer_by_layer(model, lambda: greedy(model)))
+
+
+def test_a_text_longer_than_trained_for_is_warned_of(model, stepping, monkeypatch):
+    heard = []
+    monkeypatch.setattr(stopping_criteria.logger, "warning_once", heard.append)
+    monkeypatch.setattr(model.config, "model_max_length", 12)
+    greedy(model)
+    assert stepping and len(heard) == 1 and "(12)" in heard[0]
 
 
 def test_stopping_rules_leave_the_cache_as_it_was(model, stepping):
