@@ -85,6 +85,15 @@ class KimiLinearCache(Cache):
         """Positions seen, padding included. KDA and MLA layers both know it."""
         return self.layers[layer_idx].get_seq_length()
 
+    def expect(self, length: int) -> None:
+        """Let MLA layers make room for `length` positions in all when they next allocate; nothing is allocated now.
+
+        Without it they grow on the way, and each growth holds one layer's rows twice for a moment.
+        """
+        for layer in self.layers:
+            if isinstance(layer, LatentCacheLayer):
+                layer.expected_length = max(layer.expected_length, length)
+
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """(kv_length, kv_offset) for a mask over what MLA layers attend to."""
         return self.layers[layer_idx].get_mask_sizes(query_length)

@@ -5,6 +5,11 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from .cache_kimi_linear import KimiLinearCache
+
+# Positions behind a prompt that a cache makes room for at once, at the most: these or a 32nd of the prompt.
+_ROOM_AHEAD = 4096
+
 
 def check_cache_implementation(name: str | None, layer_types: list[str]) -> None:
     """Raise ValueError if `cache_implementation=name` cannot work for these layers on this machine.
@@ -23,6 +28,16 @@ def check_cache_implementation(name: str | None, layer_types: list[str]) -> None
             f"cache_implementation={name!r} moves layers between an accelerator and the CPU, and there is no "
             "accelerator here; leave it out"
         )
+
+
+def expect_text(cache: Any, prompt_length: int, max_length: int | None) -> None:
+    """Tell a `KimiLinearCache` how long it will get, so that its rows are allocated once.
+
+    `max_length` is often far beyond what is generated; so not more than a little of it is believed.
+    """
+    if isinstance(cache, KimiLinearCache):
+        ahead = max(_ROOM_AHEAD, prompt_length // 32)
+        cache.expect(min(prompt_length + ahead, max_length or prompt_length))
 
 
 def bound_unbounded_layers(cache: Cache | None) -> None:
@@ -49,4 +64,4 @@ def continuous_batching_error() -> ValueError:
     )
 
 
-__all__ = ["bound_unbounded_layers", "check_cache_implementation", "continuous_batching_error"]
+__all__ = ["bound_unbounded_layers", "check_cache_implementation", "continuous_batching_error", "expect_text"]

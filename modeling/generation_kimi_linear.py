@@ -9,7 +9,12 @@ from transformers.generation import GenerationMixin
 from .cache_kimi_linear import KimiLinearCache
 from .decode_loop import can_sample_with_steps, sample_with_steps
 from .decode_path import serves, step_mask
-from .generation_caches import bound_unbounded_layers, check_cache_implementation, continuous_batching_error
+from .generation_caches import (
+    bound_unbounded_layers,
+    check_cache_implementation,
+    continuous_batching_error,
+    expect_text,
+)
 from .input_checks import check_cache, check_mask, check_token_ids
 from .speculative_decoding import expect_whole_prompt, record_for_drafts, uncached_tokens, within_length
 
@@ -98,6 +103,7 @@ class KimiGenerationMixin(GenerationMixin):
         **model_kwargs: Any,
     ) -> Any:
         """Greedy search and sampling: around captured decode steps where the model has them, else as transformers."""
+        expect_text(model_kwargs.get("past_key_values"), input_ids.shape[1], generation_config.max_length)
         step = None
         if can_sample_with_steps(generation_config, model_kwargs, synced_gpus):
             step = self._decode.step(self, input_ids.shape[0], 1)

@@ -99,6 +99,8 @@ def forward_in_segments(
     check_mask(attention_mask, batch_size, length, model._past_length(cache))
     if attention_mask is not None and attention_mask.all():
         attention_mask = None
+    if isinstance(cache, KimiLinearCache):
+        cache.expect(cache.get_seq_length() + length)
     kept_from = 0 if keep_last is None else max(length - keep_last, 0)
     outputs = []
     for begin, end in segment_bounds(batch_size, length):

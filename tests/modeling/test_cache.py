@@ -92,13 +92,31 @@ def test_latent_rows_grow_by_blocks_and_keep_their_content():
     assert len(addresses) <= 6  # one block of 256 tokens at a time, not one token
 
 
-def test_long_contexts_grow_by_an_eighth():
+def test_long_contexts_grow_by_a_32nd():
     layer, chunk, capacities = LatentCacheLayer(), torch.zeros(1, 1, 64, 6), set()
-    for _ in range(16_384 // 64):
+    for _ in range(65_536 // 64):
         layer.update(chunk[..., :4], chunk[..., 4:])
         capacities.add(layer.allocated_nbytes)
-        assert layer.allocated_nbytes <= 1.125 * layer.nbytes + 2 * 256 * 6 * 4
-    assert len(capacities) <= 30  # 8 blocks up to 2,048 tokens, then ln 8 / ln 1.125 = 18; blocks alone would be 64
+        assert layer.allocated_nbytes <= 33 / 32 * layer.nbytes + 2 * 256 * 6 * 4
+    assert len(capacities) <= 100  # 32 blocks up to 8,192 tokens, then ln 8 / ln (33 / 32) = 68; blocks alone: 256
+
+
+@torch.no_grad()
+def test_expected_lengths_are_allocated_at_once(model, random_ids):
+    def rows(cache):
+        return {layer.storage.shape[1] for layer in cache.layers if isinstance(layer, LatentCacheLayer)}
+
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    cache, bounded = KimiLinearCache(model.config), KimiLinearCache(model.config)
+    model.generate(random_ids(1, 300), past_key_values=cache, max_new_tokens=40, **options)
+    assert cache.get_seq_length() == 339 and rows(cache) == {512}  # 340, in blocks of 256
+    model.generate(random_ids(1, 300), past_key_values=bounded, max_length=10**9, max_time=0.0, **options)
+    assert rows(bounded) == {4608}  # 300 + 4096, in blocks of 256
+    cache.reset()
+    cache.expect(1000)
+    cache.expect(10)
+    model(random_ids(1, 5), past_key_values=cache)
+    assert rows(cache) == {1024}
 
 
 def test_repr_names_layers_tokens_and_size(model, random_ids):
