@@ -12,6 +12,7 @@ import re
 
 import torch
 
+from .device_guard import launches_beside_first_argument
 from .kda_triton_configs import padded
 
 try:
@@ -69,6 +70,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::rms_norm_fwd", mutates_args=())
+@launches_beside_first_argument
 def rms_norm_fwd(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """The plain norm of x [..., D], weight [D] of the same dtype; a fresh contiguous tensor."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -88,6 +90,7 @@ def _(x, weight, eps):
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::add_rms_norm_fwd", mutates_args=())
+@launches_beside_first_argument
 def add_rms_norm_fwd(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,6 +112,7 @@ def _(x, residual, weight, eps):
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::gated_rms_norm_fwd", mutates_args=())
+@launches_beside_first_argument
 def gated_rms_norm_fwd(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """The gated norm of x [..., D] with a gate of the same shape and weight [D]; a fresh contiguous tensor."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -13,6 +13,8 @@ import re
 
 import torch
 
+from .device_guard import launches_beside_first_argument
+
 try:
     import triton
     import triton.language as tl
@@ -48,6 +50,7 @@ def merge_attention_fwd_kernel(
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::merge_attention_fwd", mutates_args=("o", "lse"))
+@launches_beside_first_argument
 def merge_attention_fwd(o: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
     """Join `part` into `o`; shapes and layouts as in the module docstring."""
     B, T, H, V = o.shape

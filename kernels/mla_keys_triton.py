@@ -11,6 +11,8 @@ import re
 
 import torch
 
+from .device_guard import launches_beside_first_argument
+
 try:
     import triton
     import triton.language as tl
@@ -44,6 +46,7 @@ def mla_keys_fwd_kernel(
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::mla_keys_fwd", mutates_args=())
+@launches_beside_first_argument
 def mla_keys_fwd(expanded: torch.Tensor, shared: torch.Tensor, nope: int) -> torch.Tensor:
     """Keys [B, T, H, nope + S] of expanded [B, T, H, nope + V] and shared [B, T, S] of the same dtype."""
     (B, T, H, width), S = expanded.shape, shared.shape[-1]

@@ -14,6 +14,7 @@ import re
 
 import torch
 
+from .device_guard import launches_beside_first_argument
 from .kda_triton_configs import padded
 
 try:
@@ -110,6 +111,7 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::route_fwd", mutates_args=())
+@launches_beside_first_argument
 def route_fwd(
     logits: torch.Tensor, bias: torch.Tensor, top_k: int, renormalize: bool, scaling: float, biased: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,6 +141,7 @@ def _(logits, bias, top_k, renormalize, scaling, biased):
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::scatter_rows_fwd", mutates_args=())
+@launches_beside_first_argument
 def scatter_rows_fwd(x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     """Rows [N k, H]: row position[n, i] is x[n]. `position` [N, k] int32 is a permutation of 0 .. N k - 1."""
     (N, H), KS = x.shape, position.shape[1]
@@ -157,6 +160,7 @@ def _(x, position):
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::silu_mul_fwd", mutates_args=())
+@launches_beside_first_argument
 def silu_mul_fwd(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up for [..., D] tensors of one dtype, halves of one tensor among them; fresh and contiguous."""
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
@@ -177,6 +181,7 @@ def _(gate, up):
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::combine_rows_fwd", mutates_args=())
+@launches_beside_first_argument
 def combine_rows_fwd(
     rows: torch.Tensor, position: torch.Tensor, weights: torch.Tensor, shared: torch.Tensor | None
 ) -> torch.Tensor:

@@ -12,6 +12,8 @@ import re
 
 import torch
 
+from .device_guard import launches_beside_first_argument
+
 try:
     import triton
     import triton.language as tl
@@ -109,6 +111,7 @@ def short_conv_edges_fwd_kernel(
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::short_conv_fwd", mutates_args=())
+@launches_beside_first_argument
 def short_conv_fwd(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -142,7 +142,8 @@ class DecodeStep:
             self.past.zero_()
             torch.cuda.synchronize()
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            stream = torch.cuda.Stream(self.device)  # PyTorch's own capture stream stays on the first GPU that had one
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
                 self._launch()
             self._done = torch.cuda.Event()
 
