@@ -5,28 +5,32 @@
 
 The model has the released shape and random bf16 weights, drawn on the GPU; a case is CONTEXTxBATCH over a cache filled
 with random values. `step` is one replay of the captured step. `greedy`, `eos` and `sampled` are `generate()` as a user
-calls it, the difference of 264 and 8 new tokens: without an end token, with one, and with default sampling. `verify`
-are steps of several tokens, as speculative decoding takes them. Limits are the bytes that a step must move at the copy
-bandwidth of an H200; peers are transformers 5.23.0 with fla 0.6.0, measured on another machine of that kind on
-2026-11-23, and `--native` measures them again.
+calls it, the difference of 264 and 8 new tokens behind a first call: without an end token, with one, and with default
+sampling. `verify` are steps of several tokens, as speculative decoding takes them. Limits are the bytes that a step
+must move at the copy bandwidth of an H200; peers are transformers 5.23.0 with fla 0.6.0, measured on another machine of
+that kind on 2026-11-23, and `--native` measures them again, over fewer tokens.
 """
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-import triton
-from transformers import DynamicCache
 
-from benchmarks.full_model import COPY_BANDWIDTH, random_cache, random_model, released_config, step_bytes
+from benchmarks.full_model import (
+    COPY_BANDWIDTH,
+    free_memory,
+    native_cache,
+    native_model,
+    random_cache,
+    random_model,
+    released_config,
+    step_bytes,
+)
+from benchmarks.record import write
 from kimi_linear.modeling.decode_step import DecodeStep
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
 
@@ -43,7 +47,10 @@ WAYS = {
     "eos": {"do_sample": False, "eos_token_id": 163586},
     "sampled": {"do_sample": True, "eos_token_id": 163586},
 }
-_NEW_TOKENS = (8, 264)
+# New tokens of two runs whose difference is taken; few where one costs 100 ms.
+NEW_TOKENS = (8, 264)
+NATIVE_NEW_TOKENS = (4, 20)
+_WARM_UP = 2
 
 
 def replay_ms(step: DecodeStep, cache: Any, repeats: int = 40) -> float:
@@ -62,11 +69,11 @@ def replay_ms(step: DecodeStep, cache: Any, repeats: int = 40) -> float:
     return statistics.median(times[repeats // 4 :])
 
 
-def generate_ms(model: Any, cache: Any, batch: int, **options: Any) -> float:
-    """Time a token inside `generate()` over a filled cache, which it lengthens."""
+def generate_ms(model: Any, cache: Any, batch: int, new_tokens: tuple[int, int] = NEW_TOKENS, **options: Any) -> float:
+    """Time a token inside `generate()` over a filled cache, which it lengthens; a first call goes untimed."""
     seconds = []
-    for count in _NEW_TOKENS:
-        ids = torch.zeros(batch, cache.get_seq_length() + 1, dtype=torch.long, device="cuda")
+    for count in (_WARM_UP, *new_tokens):
+        ids = torch.zeros(batch, cache.get_seq_length() + 1, dtype=torch.long, device=model.device)
         torch.cuda.synchronize()
         start = time.perf_counter()
         model.generate(
@@ -75,7 +82,7 @@ def generate_ms(model: Any, cache: Any, batch: int, **options: Any) -> float:
         )  # fmt: skip
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return (seconds[1] - seconds[0]) / (_NEW_TOKENS[1] - _NEW_TOKENS[0]) * 1e3
+    return (seconds[2] - seconds[1]) / (new_tokens[1] - new_tokens[0]) * 1e3
 
 
 @torch.no_grad()
@@ -112,17 +119,11 @@ def profile(model: Any, case: str) -> list[dict[str, Any]]:
     return [{"kernel": k.key[:80], "us": k.self_device_time_total / 8, "calls": k.count / 8} for k in kernels[:30]]
 
 
-def measure_native(case: str) -> dict[str, Any]:
-    """transformers' own class inside `generate()`, greedy; its cache is filled by a prompt in chunks."""
+def measure_native(model: Any, case: str) -> dict[str, Any]:
+    """transformers' own class inside `generate()`, greedy."""
     context, batch = (int(part) for part in case.split("x"))
-    config = transformers.AutoConfig.for_model("kimi_linear", **released_config().to_dict())
-    model = random_model(transformers.KimiLinearForCausalLM, config)
-    cache = DynamicCache(config=config)
-    with torch.no_grad():
-        for begin in range(0, context, 8192):
-            count = min(8192, context - begin)
-            model(torch.zeros(batch, count, dtype=torch.long, device="cuda"), past_key_values=cache, logits_to_keep=1)
-    return {"case": case, "greedy_ms": generate_ms(model, cache, batch, **WAYS["greedy"])}
+    ms = generate_ms(model, native_cache(model, batch, context), batch, NATIVE_NEW_TOKENS, **WAYS["greedy"])
+    return {"case": case, "greedy_ms": ms}
 
 
 def show(rows: list[dict[str, Any]], native: dict[str, dict[str, Any]]) -> None:
@@ -159,29 +160,27 @@ def main() -> None:
     model = random_model(KimiLinearForCausalLM, released_config(arguments.all_mla))
     torch.cuda.synchronize()
     print(f"weights drawn in {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
-    rows = []
+    found: dict[str, list[dict[str, Any]]] = {"ours": [], "native": [], "profile": []}
+
+    def add(part: str, *rows: dict[str, Any]) -> None:
+        found[part] += rows
+        write(arguments.out, "decode", **found)  # at once: what comes next may fail
+
     for case in arguments.cases:
-        rows.append(measure(model, case, arguments.verify))
-        print(rows[-1], file=sys.stderr, flush=True)
-    kernels = profile(model, arguments.profile) if arguments.profile else []
+        add("ours", measure(model, case, arguments.verify))
+        print(found["ours"][-1], file=sys.stderr, flush=True)
+    if arguments.profile:
+        add("profile", *profile(model, arguments.profile))
     del model
-    with_peer = [case for case in arguments.cases if REFERENCE.get(case, (0, 0))[1]]
-    native = [measure_native(case) for case in with_peer] if arguments.native else []
-    show(rows, {row["case"]: row for row in native})
-    for kernel in kernels:
+    if arguments.native:
+        free_memory()
+        peer = native_model(released_config())
+        for case in (case for case in arguments.cases if REFERENCE.get(case, (0, 0))[1]):
+            add("native", measure_native(peer, case))
+            print(f"native: {found['native'][-1]}", file=sys.stderr, flush=True)
+    show(found["ours"], {row["case"]: row for row in found["native"]})
+    for kernel in found["profile"]:
         print(f"{kernel['us']:9.1f} us {kernel['calls']:5.0f} x  {kernel['kernel']}")
-    if arguments.out:
-        versions = {"torch": torch.__version__, "triton": triton.__version__, "transformers": transformers.__version__}
-        result = {
-            "date": datetime.now(timezone.utc).date().isoformat(),
-            "command": " ".join(["python -m benchmarks.decode", *sys.argv[1:]]),
-            "device": torch.cuda.get_device_name(),
-            "versions": {"python": platform.python_version(), **versions},
-            "ours": rows,
-            "native": native,
-            "profile": kernels,
-        }
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

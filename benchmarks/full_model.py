@@ -1,8 +1,11 @@
 """The released shape with random weights, drawn on the GPU in seconds, and caches filled with random contents."""
 
+import gc
 from typing import Any
 
 import torch
+import transformers
+from transformers import DynamicCache
 
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.modeling.cache_kimi_linear import KDACacheLayer, KimiLinearCache
@@ -46,24 +49,81 @@ def random_model(model_class: Any, config: Any, device: str = "cuda", seed: int 
     return model
 
 
+def native_model(config: KimiLinearConfig, device: str = "cuda") -> torch.nn.Module:
+    """transformers' own class of the shape of `config`, as `random_model` draws it; it uses fla where that is found."""
+    native = transformers.CONFIG_MAPPING[config.model_type].from_dict(config.to_dict())
+    return random_model(transformers.KimiLinearForCausalLM, native, device)
+
+
+def free_memory() -> int:
+    """Bytes that can be allocated on the GPU, after what nothing refers to any more has been given back."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
+
+
 @torch.no_grad()
-def random_cache(model: Any, batch: int, length: int) -> KimiLinearCache:
-    """A cache that has seen `length` positions, filled with normal values; what is in it costs no time to make."""
-    config, weight = model.config, model.lm_head.weight
-    cache = KimiLinearCache(config)
-    heads, K = config.linear_num_heads, config.linear_head_dim
+def random_cache(model: Any, batch: int, length: int, room: int = 0) -> KimiLinearCache:
+    """A cache that has seen `length` positions, filled with normal values; what is in it costs no time to make.
 
-    def normal(*shape: int, **options: Any) -> torch.Tensor:
-        return torch.randn(*shape, device=weight.device, **options)
-
+    It has room for `room` positions more before it must grow. Latents are drawn in place, so that a cache may take
+    nearly all of the memory.
+    """
+    config, cache = model.config, KimiLinearCache(model.config)
     for layer in cache.layers:
         if isinstance(layer, KDACacheLayer):
-            window = normal(batch, 3 * heads * K, config.linear_conv_kernel_dim - 1, dtype=weight.dtype)
-            layer.store(window, normal(batch, heads, K, K) * 0.1, new_tokens=length)
+            layer.store(*_random_state(model, batch, config.linear_conv_kernel_dim - 1), new_tokens=length)
         else:
-            latent = normal(batch, 1, length, config.kv_lora_rank, dtype=weight.dtype)
-            layer.update(latent, normal(batch, 1, length, config.qk_rope_head_dim, dtype=weight.dtype))
+            latents, keys = (_normal(model, batch, 1, 0, n) for n in (config.kv_lora_rank, config.qk_rope_head_dim))
+            layer.lazy_initialization(latents, keys)
+            layer.reserve(length + room)
+            layer.storage.normal_()
+            layer.advance(length)
     return cache
+
+
+@torch.no_grad()
+def native_cache(model: Any, batch: int, length: int) -> DynamicCache:
+    """The same for transformers' own class, which holds the same latents, in the cache that it makes by default."""
+    config, cache = model.config, DynamicCache(config=model.config)
+    window, latent, key = config.linear_conv_kernel_dim, config.kv_lora_rank, config.qk_rope_head_dim
+    for i, kind in enumerate(config.layer_types):
+        if kind == "linear_attention":
+            inputs, state = _random_state(model, batch, window)
+            cache.update_conv_state(inputs, i, conv_kernel_size=window)
+            cache.update_recurrent_state(state, i)
+        else:
+            cache.update(_normal(model, batch, 1, length, latent), _normal(model, batch, 1, length, key), i)
+    return cache
+
+
+def _random_state(model: Any, batch: int, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the last `window` inputs of the convolutions [B, 3 H K, window], state [B, H, K, K] in fp32) of a KDA layer."""
+    heads, K = model.config.linear_num_heads, model.config.linear_head_dim
+    return _normal(model, batch, 3 * heads * K, window), _normal(model, batch, heads, K, K, dtype=torch.float32) * 0.1
+
+
+def _normal(model: Any, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    weight = model.lm_head.weight
+    return torch.randn(*shape, dtype=dtype or weight.dtype, device=weight.device)
+
+
+def cache_bytes(config: Any, batch: int, length: int) -> int:
+    """Bytes of a bf16 cache that has seen `length` positions of `batch` sequences, in our layout."""
+    heads, K = config.linear_num_heads, config.linear_head_dim
+    kda = 4 * heads * K**2 + 2 * 3 * heads * K * (config.linear_conv_kernel_dim - 1)
+    mla = 2 * length * (config.kv_lora_rank + config.qk_rope_head_dim)
+    return batch * sum(kda if kind == "linear_attention" else mla for kind in config.layer_types)
+
+
+def held_bytes(cache: Any) -> int:
+    """Bytes that a cache, ours or transformers' own, holds for the positions it has seen."""
+    total = 0
+    for layer in cache.layers:
+        kda = hasattr(layer, "recurrent_states")
+        held = (layer.conv_states[0], layer.recurrent_states[0]) if kda else (layer.keys, layer.values)
+        total += sum(tensor.nbytes for tensor in held)
+    return total
 
 
 def step_bytes(model: Any, batch: int, length: int) -> float:

@@ -9,20 +9,17 @@ measured and counted once (see its comment); `--native` measures the peer again,
 """
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from benchmarks.full_model import random_model
+from benchmarks.full_model import free_memory, held_bytes, native_model, random_model
+from benchmarks.record import write
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
 
@@ -52,7 +49,7 @@ def measure(model: torch.nn.Module, tokens: int, repeats: int, **options: Any) -
         elapsed = time.perf_counter() - start
         if not finite:
             raise SystemExit(f"{tokens} tokens: the logits are not finite")
-        cache_gib = getattr(output.past_key_values, "nbytes", 0) / _GIB
+        cache_gib = held_bytes(output.past_key_values) / _GIB
         del output
         if run or tokens > 131072:
             seconds.append(elapsed)
@@ -75,12 +72,6 @@ def profile(model: torch.nn.Module, tokens: int, rows: int = 40) -> list[dict[st
         torch.cuda.synchronize()
     kernels = sorted(recorded.key_averages(), key=lambda event: -event.self_device_time_total)
     return [{"kernel": k.key[:110], "ms": k.self_device_time_total / 1e3, "calls": k.count} for k in kernels[:rows]]
-
-
-def native_model() -> torch.nn.Module:
-    """transformers' own class of the same shape; it uses fla where that is installed."""
-    config = transformers.AutoConfig.for_model("kimi_linear", **KimiLinearConfig().to_dict())
-    return random_model(transformers.KimiLinearForCausalLM, config)
 
 
 def show(rows: list[dict[str, Any]], native: dict[int, dict[str, Any]]) -> None:
@@ -128,27 +119,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     arguments = parser.parse_args()
     rows, kernels = run("ours", lambda: random_model(KimiLinearForCausalLM, KimiLinearConfig()), arguments)
-    torch.cuda.empty_cache()
-    native = run("native", native_model, arguments)[0] if arguments.native else []
+    write(arguments.out, "prefill", ours=rows, profile=kernels)  # at once: what comes next may fail
+    free_memory()
+    native = run("native", lambda: native_model(KimiLinearConfig()), arguments)[0] if arguments.native else []
     show(rows, {row["tokens"]: row for row in native})
     for kernel in kernels:
         print(f"{kernel['ms']:9.2f} ms {kernel['calls']:6} x  {kernel['kernel']}")
-    result = {
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "command": " ".join(["python -m benchmarks.prefill", *(Path(word).name for word in sys.argv[1:])]),
-        "device": torch.cuda.get_device_name(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cudnn": torch.backends.cudnn.version(),
-            "transformers": transformers.__version__,
-        },
-        "ours": rows,
-        "native": native,
-        "profile": kernels,
-    }
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    write(arguments.out, "prefill", ours=rows, native=native, profile=kernels)
 
 
 if __name__ == "__main__":
