@@ -12,10 +12,9 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib
 import matplotlib.pyplot as plt
 
-COLOURS = ("#9aa0a6", "#1a73e8", "#e8710a", "#188038")
+from benchmarks.figures import COLOURS, save
 
 
 def read(path: Path) -> dict[tuple[str, str], tuple[float, float | None]]:
@@ -26,7 +25,6 @@ def read(path: Path) -> dict[tuple[str, str], tuple[float, float | None]]:
 
 def draw(records: dict[str, dict], out: Path) -> None:
     """Write the figure to `out`; the first of `records` sets the scale and the cases."""
-    matplotlib.rcParams["svg.hashsalt"] = "kda"  # the same records give the same file
     first = next(iter(records.values()))
     cases = list(dict.fromkeys(case for case, _ in first))
     figure, panels = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True)
@@ -47,12 +45,10 @@ def draw(records: dict[str, dict], out: Path) -> None:
                            label="goal" if j == 0 else None)  # fmt: skip
         panel.set_xticks(range(len(cases)), [case.replace(" packed", "\npacked") for case in cases], fontsize=7)
         panel.set_title(f"{regime} gates: ms (bars: share of {next(iter(records))})", fontsize=9)
-        panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_xlabel("batch x tokens x heads, K = V = 128, bf16", fontsize=8)
     handles, labels = panels[1].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, frameon=False, loc="lower right", ncols=len(labels))
-    figure.tight_layout()
-    figure.savefig(out, metadata={"Date": None})
+    save(figure, out)
 
 
 def main() -> None:

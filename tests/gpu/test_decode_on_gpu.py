@@ -7,7 +7,6 @@ import torch
 from tiny_checkpoints import tiny_config, write_checkpoint
 
 from kimi_linear.hub_card.exporter import SMALL_CHECKPOINT
-from kimi_linear.modeling import decode_path
 from kimi_linear.modeling.cache_kimi_linear import KimiLinearCache
 from kimi_linear.modeling.decode_step import DecodeStep
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
@@ -28,18 +27,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(folder):
     return KimiLinearForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map={"": "cuda"})
-
-
-@pytest.fixture
-def by_layers(monkeypatch):
-    """Calls a function without steps."""
-
-    def call(function):
-        with monkeypatch.context() as patch:
-            patch.setattr(decode_path, "gpu_has_kernels", lambda model: False)
-            return function()
-
-    return call
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ def test_tokens_in_calls_of_their_own_leave_no_trace(batch, removed, model):
     assert_same_states(cache, never)
 
 
-def test_short_continuations_take_the_fused_step(model, monkeypatch):
+def test_short_continuations_by_layers_take_the_fused_step(model, by_layers, monkeypatch):
     launches, step = [], kda_dispatch.kda_step
 
     def counted(q, *args, **kwargs):
@@ -70,7 +70,7 @@ def test_short_continuations_take_the_fused_step(model, monkeypatch):
     cache = KimiLinearCache(model.config)
     with torch.no_grad():
         for part in random_ids(1, 30).split([20, 1, 9], dim=1):
-            model(part, past_key_values=cache)
+            by_layers(lambda part=part: model(part, past_key_values=cache))
     assert launches == ([] if model.config.kda_backend == "torch" else [1, 1, 9, 9])
 
 
