@@ -2,12 +2,12 @@
 
     python -m benchmarks.errors [--steps 64] [--batches 1 8] [--out result.json]
 
-Two models. `scaled`: the released widths and heads with 8 layers, 32 experts and 32,768 tokens, random weights, so that
-its float32 version fits beside the others; its tokens are random. `small checkpoint`: hub_card's, trained; its tokens
-are held-out text. Each is written in the released layout in bf16 and loaded from there four times: in float32, with the
-PyTorch path of KDA (the reference), and in bf16 for the three. All see a prompt and then `--steps` tokens one by one,
-whichever they would have chosen. Native computes KDA by fla where that is installed, which takes a minute at first use,
-else in PyTorch. Logits of these steps are compared:
+Two models. `small checkpoint`: hub_card's, trained; its tokens are held-out text. `scaled`: the released widths and
+heads with 8 layers, 32 experts and 32,768 tokens, random weights, so that its float32 version fits beside the others;
+its tokens are random. Each is loaded from one folder in the released layout, in bf16, and once in float32 with the
+PyTorch path of KDA, the reference. All see a prompt and then `--steps` tokens one by one, whichever they would have
+chosen. Native computes KDA by fla where that is installed (a minute at first use), else in PyTorch. The logits of these
+steps are compared:
 
 `relative` is the norm of the differences by that of the reference's logits, over all of a case; `typical` the median of
 the same by position (an expert chosen otherwise in one position counts in the first, hardly in the second); `largest`
@@ -15,7 +15,6 @@ the largest difference, in units of the logits; `agreement` the share of positio
 """
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,7 +76,7 @@ def errors(logits: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
     }
 
 
-def measure(folder: Path, all_ids: list[torch.Tensor], prompt: int, device: str = "cuda") -> list[dict[str, Any]]:
+def measure(folder: Path, all_ids: list[torch.Tensor], prompt: int, device: str = "cuda") -> Iterator[dict[str, Any]]:
     """Errors of the three ways for each of `all_ids` [B, T]; `folder` is a checkpoint in the released layout."""
     place = {"device_map": {"": device}}
     all_ids = [ids.to(device) for ids in all_ids]
@@ -88,7 +87,6 @@ def measure(folder: Path, all_ids: list[torch.Tensor], prompt: int, device: str 
     if ours.decode_path != "captured steps":
         raise SystemExit(f"the model decodes {ours.decode_path}")
     native = transformers.KimiLinearForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **place).eval()
-    rows = []
     for ids, reference in zip(all_ids, references, strict=True):
         found = {"captured steps": logits_of(ours, KimiLinearCache(ours.config), ids, prompt)}
         with layer_by_layer(ours):
@@ -96,28 +94,27 @@ def measure(folder: Path, all_ids: list[torch.Tensor], prompt: int, device: str 
         found["native"] = logits_of(native, DynamicCache(config=native.config), ids, prompt)
         size = {"batch": ids.shape[0], "positions": ids.shape[0] * (ids.shape[1] - prompt)}
         size["logits_rms"] = float(reference.square().mean().sqrt())
-        rows += [{"way": way, **size, **errors(logits, reference)} for way, logits in found.items()]
-    return rows
+        yield from ({"way": way, **size, **errors(logits, reference)} for way, logits in found.items())
 
 
-def scaled_rows(batches: list[int], length: int) -> list[dict[str, Any]]:
+def scaled_rows(batches: list[int], length: int) -> Iterator[dict[str, Any]]:
     """Rows of `measure` for the released shape scaled down, over random tokens."""
     with tempfile.TemporaryDirectory() as folder:
         random_model(KimiLinearForCausalLM, scaled_config()).save_pretrained(folder)
         free_memory()
         generator = torch.Generator().manual_seed(0)
         ids = [torch.randint(3, SCALED["vocab_size"], (batch, length), generator=generator) for batch in batches]
-        return measure(Path(folder), ids, PROMPT_TOKENS)
+        yield from measure(Path(folder), ids, PROMPT_TOKENS)
 
 
-def small_checkpoint_rows(batches: list[int], length: int) -> list[dict[str, Any]]:
+def small_checkpoint_rows(batches: list[int], length: int) -> Iterator[dict[str, Any]]:
     """Rows of `measure` for the small checkpoint, over pieces of held-out texts."""
     tokenizer = AutoTokenizer.from_pretrained(SMALL_CHECKPOINT)
     ids = [tokenizer(text, return_tensors="pt").input_ids[0] for _, text in sorted(load_corpus().held_out.items())]
     pieces = torch.cat([text[: len(text) // length * length].view(-1, length) for text in ids])
     if len(pieces) < max(batches):
         raise SystemExit(f"held-out texts give {len(pieces)} pieces of {length} tokens, no batch of {max(batches)}")
-    return measure(SMALL_CHECKPOINT, [pieces[:batch] for batch in batches], PROMPT_TOKENS)
+    yield from measure(SMALL_CHECKPOINT, [pieces[:batch] for batch in batches], PROMPT_TOKENS)
 
 
 def main() -> None:
@@ -127,17 +124,20 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     arguments = parser.parse_args()
-    found: dict[str, list[dict[str, Any]]] = {}
-    for name, rows_of in {"scaled": scaled_rows, "small checkpoint": small_checkpoint_rows}.items():
-        found[name] = rows_of(arguments.batches, PROMPT_TOKENS + arguments.steps)
-        write(arguments.out, "errors", **found)
-        print(f"{name}: done", file=sys.stderr, flush=True)
-    print("model            | batch | way            | relative | typical | largest (of rms) | greedy agreement")
-    for name, rows in found.items():
-        for row in rows:
+    models = {"small_checkpoint": small_checkpoint_rows, "scaled": scaled_rows}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
+    print(
+        "model            | batch | way            | relative | typical | largest (of rms) | greedy agreement",
+        flush=True,
+    )
+    for name, rows_of in models.items():
+        for row in rows_of(arguments.batches, PROMPT_TOKENS + arguments.steps):
+            found[name].append(row)
+            write(arguments.out, "errors", **found)
             print(
                 f"{name:16} | {row['batch']:5} | {row['way']:14} | {row['relative']:8.5f} | {row['typical']:7.5f} | "
-                f"{row['largest']:7.4f} {row['largest'] / row['logits_rms']:8.4f} | {row['agreement']:.4f}"
+                f"{row['largest']:7.4f} {row['largest'] / row['logits_rms']:8.4f} | {row['agreement']:.4f}",
+                flush=True,
             )
 
 
