@@ -30,16 +30,18 @@ def draw(models: dict[str, list[dict[str, Any]]], out: Path) -> None:
     """Write the figure to `out`."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 3.8))
     contexts = sorted({row["context"] for rows in models.values() for row in rows})
-    for panel, key, title in zip(panels, ("generate_ms", "cache_gib"), ("ms a token, batch 1", "GiB of cache")):
+    for panel, key, title in zip(
+        panels, ("generate_ms", "cache_gib"), ("ms a token, batch 1", "GiB of cache (native's as ours)")
+    ):
         for name, rows in models.items():
             colour = dict(zip(LABELS, COLOURS))[name]
             x, y = [row["context"] for row in rows], [row[key] for row in rows]
             panel.plot(x, y, "o-", color=colour, ms=4, label=LABELS[name], zorder=3 if name == "hybrid" else 2)
             if key == "generate_ms" and name != "native":
                 panel.plot(x, [row["limit_ms"] for row in rows], "--", color=colour, lw=1, label="limit of its bytes")
-            # The last value, and in milliseconds the first, where those of our two models fall together.
-            marked = [-1, 0] if key == "generate_ms" and name != "all_mla" else [-1]
-            for i in marked:
+            # First and last values, and only one of those that fall together.
+            marked = {"native": [0, -1], "hybrid": [0, -1], "all_mla": [-1]} if key == "generate_ms" else {"native": []}
+            for i in marked.get(name, [-1]):
                 panel.annotate(f"{y[i]:.3g}", (x[i], y[i]), (3, 4), textcoords="offset points", fontsize=7)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 _RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("torch", "triton", "transformers", "flash-linear-attention")
+_PACKAGES = ("triton", "transformers", "flash-linear-attention")
 
 
 def write(path: Path | None, benchmark: str, **parts: Any) -> None:
@@ -23,7 +23,8 @@ def write(path: Path | None, benchmark: str, **parts: Any) -> None:
 def header(benchmark: str) -> dict[str, Any]:
     """Date, command line (of paths only the last part), device and versions."""
     words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
-    versions = {"python": platform.python_version(), "cudnn": torch.backends.cudnn.version()}
+    versions: dict[str, Any] = {"python": platform.python_version()}
+    versions |= {"torch": torch.__version__, "cudnn": torch.backends.cudnn.version()}
     for package in _PACKAGES:
         try:
             versions[package] = metadata.version(package)
