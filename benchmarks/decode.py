@@ -6,9 +6,10 @@
 The model has the released shape and random bf16 weights, drawn on the GPU; a case is CONTEXTxBATCH over a cache filled
 with random values. `step` is one replay of the captured step. `greedy`, `eos` and `sampled` are `generate()` as a user
 calls it, the difference of 264 and 8 new tokens behind a first call: without an end token, with one, and with default
-sampling. `verify` are steps of several tokens, as speculative decoding takes them. Limits are the bytes that a step
-must move at the copy bandwidth of an H200; peers are transformers 5.23.0 with fla 0.6.0, measured on another machine of
-that kind on 2026-11-23, and `--native` measures them again, over fewer tokens.
+sampling. `verify` are steps of several tokens, as speculative decoding takes them, and `recording` is `greedy` over a
+cache that can take tokens back. Limits are the bytes that a step must move at the copy bandwidth of an H200, those of
+several tokens with experts chosen independently; peers are transformers 5.23.0 with fla 0.6.0, measured on another
+machine of that kind on 2026-11-23, and `--native` measures them again, over fewer tokens.
 """
 
 import argparse
@@ -103,7 +104,11 @@ def measure(model: Any, case: str, verify: list[int]) -> dict[str, Any]:
     row |= {f"{name}_ms": generate_ms(model, cache, batch, **options) for name, options in WAYS.items()}
     row["gib_above_weights_and_cache"] = (torch.cuda.max_memory_allocated() - weights - cache.nbytes) / 2**30
     if batch == 1:
-        row["verify_ms"] = {n: replay_ms(model._decode.step(model, 1, n), cache) for n in verify}
+        for n in verify:
+            limit = step_bytes(model, 1, context, n) / COPY_BANDWIDTH * 1e3
+            row[f"verify_{n}"] = {"ms": replay_ms(model._decode.step(model, 1, n), cache), "limit_ms": limit}
+        cache.activate_past_recording()
+        row["recording_ms"] = generate_ms(model, cache, batch, **WAYS["greedy"])
     return row
 
 
@@ -142,8 +147,14 @@ def show(rows: list[dict[str, Any]], native: dict[str, dict[str, Any]]) -> None:
             f"{row['gib_above_weights_and_cache']:.1f} | {1e3 * batch / row['greedy_ms']:6.0f}",
             flush=True,
         )
-        for tokens, ms in row.get("verify_ms", {}).items():
-            print(f"{'':>15}   verify {tokens}: {ms:.2f} ms, {ms / row['step_ms']:.2f} of a step")
+        if "recording_ms" in row:
+            print(f"{'':>15}   greedy, recording what a rollback needs: {row['recording_ms']:.2f} ms")
+        for name in (name for name in row if name.startswith("verify_")):
+            ms, limit = row[name]["ms"], row[name]["limit_ms"]
+            print(
+                f"{'':>15}   {name.replace('_', ' ')} tokens: {ms:.2f} ms, {ms / row['step_ms']:.2f} of a step "
+                f"(limit {limit:.2f} ms, {limit / row['limit_ms']:.2f} of a step's)"
+            )
 
 
 def main() -> None:

@@ -126,13 +126,14 @@ def held_bytes(cache: Any) -> int:
     return total
 
 
-def step_bytes(model: Any, batch: int, length: int) -> float:
-    """Fewest bytes of one decode step: the weights it uses once, states read and written, latent rows once.
+def step_bytes(model: Any, batch: int, length: int, tokens: int = 1) -> float:
+    """Fewest bytes of a step of `tokens` for each of `batch` sequences: the weights it uses once, states read and
+    written, latent rows once.
 
-    Experts: each of the E is used by some of `batch` tokens with probability 1 - (1 - k / E)^batch.
+    Experts: each of the E is used by some of n tokens with probability 1 - (1 - k / E)^n if they choose independently.
     """
     config, size = model.config, model.lm_head.weight.element_size()
-    used = 1 - (1 - config.num_experts_per_token / config.num_experts) ** batch
+    used = 1 - (1 - config.num_experts_per_token / config.num_experts) ** (batch * tokens)
     total = 0.0
     for name, parameter in model.named_parameters():
         if "embed_tokens" not in name:

@@ -217,7 +217,9 @@ class DecodeStep:
             torch.cuda.current_stream(self.device).wait_event(self._done)  # of a run in another stream
         held = tuple(entries)
         if held != self._held:
-            self.table.copy_(torch.tensor(entries).view_as(self.table))
+            # From pinned memory, or the host would wait for every step launched so far.
+            entry = torch.tensor(entries, pin_memory=self.device.type == "cuda")
+            self.table.copy_(entry.view_as(self.table), non_blocking=True)
             self._held = held
         if past != self._past_on_device:
             self.past.fill_(past)
