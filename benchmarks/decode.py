@@ -77,12 +77,14 @@ def generate_ms(model: Any, cache: Any, batch: int, new_tokens: tuple[int, int] 
         ids = torch.zeros(batch, cache.get_seq_length() + 1, dtype=torch.long, device=model.device)
         torch.cuda.synchronize()
         start = time.perf_counter()
-        model.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, pad_token_id=0,
-            max_new_tokens=count, min_new_tokens=count, **options,
+        text = model.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, pad_token_id=0, max_new_tokens=count,
+            **options,
         )  # fmt: skip
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
+        if text.shape[1] != ids.shape[1] + count:
+            raise SystemExit(f"an end token after {text.shape[1] - ids.shape[1]} of {count} tokens: draw other weights")
     return (seconds[2] - seconds[1]) / (new_tokens[1] - new_tokens[0]) * 1e3
 
 

@@ -47,7 +47,7 @@ def sample_with_steps(
         attention_mask: [B, cached positions] of the prompt, or None.
 
     Raises:
-        RuntimeError: probabilities that are NaN, as from transformers' own loop, only later.
+        RuntimeError: scores that give no probabilities, as from transformers' own loop, only later.
     """
     cache, records = outputs.past_key_values, _Records(generation_config)
     mask = _mask_for_all_steps(attention_mask, stopping_criteria, step)
@@ -103,22 +103,22 @@ def _reached(limits: list[MaxLengthCriteria], input_ids: torch.Tensor) -> bool:
 
 
 def _draw(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(token ids [B] drawn by the scores [B, vocab_size], bool [B] whether the probabilities were numbers).
+    """(token ids [B] drawn by the scores [B, vocab_size], bool [B] whether the scores give probabilities).
 
-    The same tokens from the same random numbers as `torch.multinomial(probabilities, 1)`, which waits for the device
-    twice to look at the probabilities. NaN among them becomes the largest ratio, so one look at the end will do.
+    Of probabilities p and exponentially distributed e, `torch.multinomial(p, 1)` takes the largest p / e, and waits for
+    the device twice to look at p. The largest log p - log e is the same token, but for ties within rounding; it needs
+    no softmax, which takes 70 us for one row of 163,840, and a look at the end is enough, as NaN is the largest of all.
     """
-    probabilities = scores.softmax(dim=-1)
-    best = (probabilities / torch.empty_like(probabilities).exponential_()).max(dim=-1)
-    return best.indices, best.values >= 0
+    best = (scores - torch.empty_like(scores).exponential_().log_()).max(dim=-1)
+    return best.indices, best.values.isfinite()
 
 
 def _check_draws(sound: torch.Tensor) -> None:
     if not bool(sound.all()):
         rows = (~sound).nonzero().flatten().tolist()
         raise RuntimeError(
-            f"the probabilities to sample from were NaN in rows {rows}: the logits hold NaN or inf, or a logits "
-            "processor left no token; look at the weights and their dtype, and at the processors"
+            f"there was nothing to sample from in rows {rows}: the logits held NaN or inf, or a logits processor left "
+            "no token; look at the weights and their dtype, and at the processors"
         )
 
 

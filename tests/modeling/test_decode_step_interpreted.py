@@ -168,13 +168,14 @@ def test_draws_are_those_of_multinomial(seed):
     assert torch.equal(torch.rand(3), following)
 
 
-def test_sampling_from_nan_is_refused(model, stepping):
+@pytest.mark.parametrize("bad", [-torch.inf, torch.inf, torch.nan])
+def test_sampling_from_nothing_is_refused(model, stepping, bad):
     class Spoils(LogitsProcessor):
         def __call__(self, input_ids, scores):
-            return scores if input_ids.shape[1] < 11 else torch.full_like(scores, -torch.inf)
+            return scores if input_ids.shape[1] < 11 else torch.full_like(scores, bad)
 
     for eos_token_id in (None, 119):
-        with pytest.raises(RuntimeError, match=r"NaN in rows \[0, 1\]"):
+        with pytest.raises(RuntimeError, match=r"nothing to sample from in rows \[0, 1\]"):
             greedy(model, do_sample=True, eos_token_id=eos_token_id, logits_processor=LogitsProcessorList([Spoils()]))
     assert len(stepping) < 10  # with an end token to look for, it stops there
     assert torch.equal(greedy(model), layer_by_layer(model, lambda: greedy(model)))
