@@ -1,8 +1,8 @@
 """
 Launch configurations of the decode kernels: a committed table, no search at run time.
 
-The one-token choices, the grouped experts and the attention over latents were measured on an H200
-(benchmarks/decode_notes.md); the other products of several tokens were not searched.
+Measured on an H200 (benchmarks/decode_notes.md). The one-token choices keep all programs of a launch on the GPU at once
+where they can: what does not fit waits for the slowest of the first.
 """
 
 from typing import NamedTuple
@@ -32,8 +32,12 @@ class SkinnyConfig(NamedTuple):
 
 
 class LatentConfig(NamedTuple):
-    """Attention over latent rows. BH: padded heads, BL: rows at a time, num_stages: blocks in flight."""
+    """
+    Attention over latent rows. BT: tokens of a sequence that a program takes, BH: padded heads, BL: rows at a time,
+    num_stages: blocks in flight.
+    """
 
+    BT: int
     BH: int
     BL: int
     num_warps: int
@@ -45,32 +49,33 @@ def overlap_options(pdl: bool) -> dict[str, bool]:
     return {"launch_pdl": True} if pdl else {}
 
 
-def _unroll(blocks: int) -> int:
-    return next(u for u in (8, 7, 6, 5, 4, 3, 2, 1) if blocks % u == 0)
+def _one_token_config(columns: int, BN: int, BK: int, warps: int, ahead: int) -> GemvConfig:
+    """`ahead` blocks of columns are loaded before the loop. 16 bytes a thread and load, so 256 columns a warp."""
+    BK = min(BK, padded(columns))
+    blocks = max(-(-columns // BK) - ahead, 1)
+    unroll = next(u for u in (8, 7, 6, 5, 4, 3, 2, 1) if blocks % u == 0)
+    return GemvConfig(BN, BK, unroll, max(1, min(warps, BK // 256)))
 
 
 def gemv_config(columns: int, rows: int) -> GemvConfig:
     """One token times weights of `rows` rows in all, `columns` wide."""
     if rows <= 512:
-        BN, BK = 1, min(512, padded(columns))
-    elif rows <= 4096:
-        BN, BK = 4, min(1024 if columns % 1024 == 0 else 256, padded(columns))
-    else:
-        BN, BK = 16, min(256, padded(columns))
-    warps = max(1, min(4, BN * BK // 256))  # 16 bytes a thread and load
-    return GemvConfig(BN, BK, _unroll(max(-(-columns // BK) - 4, 1)), warps)
+        return _one_token_config(columns, 1, 1024, 4, 4)
+    if columns <= 256:
+        return _one_token_config(columns, 8, 256, 1, 4)
+    if rows <= 4096:
+        return _one_token_config(columns, 2, 1024, 4, 4)
+    return _one_token_config(columns, 4, 256, 1, 4)
 
 
 def experts_config(columns: int) -> GemvConfig:
     """One token times one expert's gate and up projections, `columns` wide."""
-    BK = min(256, padded(columns))
-    return GemvConfig(16, BK, _unroll(max(-(-columns // BK) - 2, 1)), 8)
+    return _one_token_config(columns, 2, 256, 1, 2)
 
 
 def down_config(columns: int) -> GemvConfig:
     """One token's hidden activations times the down projections of its experts, `columns` wide."""
-    BK = min(512, padded(columns))
-    return GemvConfig(4, BK, _unroll(-(-columns // BK)), 4)
+    return _one_token_config(columns, 2, 1024, 4, 0)
 
 
 def _stages(gpu: str) -> int:
@@ -93,11 +98,16 @@ def grouped_configs(columns: int, hidden: int, itemsize: int, gpu: str = "sm_90"
     return SkinnyConfig(GROUP, 32, up, 2, stages), SkinnyConfig(GROUP, 64, down, 2, stages)
 
 
-def latent_config(heads: int, width: int, itemsize: int, gpu: str = "sm_90") -> LatentConfig:
-    """Attention of `heads` heads over rows whose latent has `width` elements."""
-    block = 1 << 16 if gpu in ("sm_90", "sm_100") else 1 << 15  # bytes
-    BL = max(16, min(64, block // (padded(width) * itemsize)))
-    return LatentConfig(padded(heads), BL, 4 if gpu in ("sm_90", "sm_100") else 8, 2)
+def latent_config(tokens: int, heads: int, width: int, itemsize: int, gpu: str = "sm_90") -> LatentConfig:
+    """Attention of `heads` heads and `tokens` tokens a sequence over rows whose latent has `width` elements."""
+    large = gpu in ("sm_90", "sm_100")
+    row, block = padded(width) * itemsize, 1 << 16 if large else 1 << 15  # bytes
+    BH, BL = padded(heads), max(16, min(64, block // row))
+    BT = 1
+    # Several tokens a program: as many queries as the long side of sm_90's products, where shared memory holds them.
+    while gpu == "sm_90" and tokens > BT and 2 * BT * BH <= 64 and 2 * BT * BH * row <= block:
+        BT *= 2
+    return LatentConfig(BT, BH, BL, 4 if large and BT == 1 else 8, 2)
 
 
 __all__ = [

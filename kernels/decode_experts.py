@@ -13,7 +13,7 @@ the router has spoken, the shared expert's weights, is loaded ahead (PDL, see de
 import torch
 
 from .decode_configs import GemvConfig, overlap_options
-from .decode_linear import decode_block, decode_input
+from .decode_linear import decode_block, decode_input, decode_prefetch_vector, decode_products
 from .decode_routing import decode_store_choice, decode_topk
 from .kda_triton_math import kda_sigmoid
 
@@ -32,6 +32,8 @@ def decode_expert_up_kernel(
     BN: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of BN hidden channels, choice); the shared expert's choices come first."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     m_n = o_n < I
     i_shared = tl.num_programs(1) - TOPK - 1 - tl.program_id(1)  # from 0 on: a choice of the shared expert
@@ -39,14 +41,16 @@ def decode_expert_up_kernel(
     w_gate, w_up = shared_gate + i_shared * (I * K), shared_up + i_shared * (I * K)
     # Carried through the branch as numbers: Triton's AMD backend can't carry two pointers.
     gate_address, up_address = w_gate.to(tl.int64), w_up.to(tl.int64)
-    o_k = tl.arange(0, BK)[None, :] + o_n[:, None] * 0
+    o_k = tl.arange(0, BK)
     o_row = o_n[:, None] * K
     m_ahead = m_n & (i_shared + o_n * 0 >= 0)
     b_g0, b_g1 = decode_block(w_gate + o_row, o_k, m_ahead, K), decode_block(w_gate + o_row, o_k + BK, m_ahead, K)
     b_u0, b_u1 = decode_block(w_up + o_row, o_k, m_ahead, K), decode_block(w_up + o_row, o_k + BK, m_ahead, K)
     if PDL:
+        if tl.program_id(0) == 0:
+            decode_prefetch_vector(norm_weight, K)
+            decode_prefetch_vector(bias, E)
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     if i_shared < 0:
         b_chosen = decode_topk(logits, bias, E, BE, TOPK, BT)
         expert = tl.sum(tl.where(tl.arange(0, BT) == i_slot, b_chosen, 0), axis=0)
@@ -63,22 +67,21 @@ def decode_expert_up_kernel(
     if I * K % 8 == 0:
         w_gate, w_up = tl.multiple_of(w_gate, 16), tl.multiple_of(w_up, 16)
     b_x, b_ss = decode_input(x, norm_weight, o_k, K, True, False)
-    b_g = b_g0.to(tl.float32) * b_x
-    b_u = b_u0.to(tl.float32) * b_x
+    b_g, b_u = decode_products(b_g0, b_x), decode_products(b_u0, b_x)
     b_x, b_xx = decode_input(x, norm_weight, o_k + BK, K, True, False)
-    b_g += b_g1.to(tl.float32) * b_x
-    b_u += b_u1.to(tl.float32) * b_x
+    b_g += decode_products(b_g1, b_x)
+    b_u += decode_products(b_u1, b_x)
     b_ss += b_xx
     for i_k in range(2 * BK, K, BK * UNROLL):
         for u in tl.static_range(UNROLL):
             o_j = i_k + u * BK + o_k
             b_wg, b_wu = decode_block(w_gate + o_row, o_j, m_n, K), decode_block(w_up + o_row, o_j, m_n, K)
             b_x, b_xx = decode_input(x, norm_weight, o_j, K, True, False)
-            b_g += b_wg.to(tl.float32) * b_x
-            b_u += b_wu.to(tl.float32) * b_x
+            b_g += decode_products(b_wg, b_x)
+            b_u += decode_products(b_wu, b_x)
             b_ss += b_xx
     b_gate, b_up = tl.sum(b_g, axis=1), tl.sum(b_u, axis=1)
-    b_r = tl.rsqrt(tl.sum(b_ss, axis=1) / K + eps)
+    b_r = tl.rsqrt(tl.sum(b_ss, axis=0) / K + eps)
     b_gate *= b_r
     tl.store(h + i_slot * I + o_n, (b_gate * kda_sigmoid(b_gate) * b_up * b_r).to(h.dtype.element_ty), mask=m_n)
 
@@ -90,33 +93,34 @@ def decode_expert_down_kernel(
     BN: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program: BN of the H outputs. y holds the residual and is added to."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     m_n = o_n < H
-    o_k = tl.arange(0, BK)[None, :] + o_n[:, None] * 0
-    p_shared = shared_down + o_n[:, None] * (NS * I) + o_k
+    o_k = tl.arange(0, BK)
+    p_shared = shared_down + o_n[:, None] * (NS * I)
     if NS > 0:
-        b_first = tl.load(p_shared, mask=m_n[:, None] & (o_k < NS * I), other=0.0)
+        b_first = decode_block(p_shared, o_k, m_n, NS * I)
     if PDL:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    b_y = tl.zeros([BN, BK], tl.float32)
+    b_out = tl.load(y + o_n, mask=m_n, other=0.0).to(tl.float32)
+    b_y = tl.zeros([BN, BK * down.dtype.element_ty.primitive_bitwidth // 128], tl.float32)
     for i_slot in tl.static_range(TOPK):
         expert, weight = tl.load(chosen + i_slot).to(tl.int64), tl.load(weights + i_slot)
         p_w = down + expert * (H * I) + o_n[:, None] * I
         for i_k in range(0, I, BK * UNROLL):
             for u in tl.static_range(UNROLL):
                 o_i = i_k + u * BK + o_k
-                m_i = m_n[:, None] & (o_i < I)
-                b_w = tl.load(p_w + o_i, mask=m_i, other=0.0).to(tl.float32)
-                b_y += b_w * (tl.load(h + i_slot * I + o_i, mask=m_i, other=0.0).to(tl.float32) * weight)
+                b_w = decode_block(p_w, o_i, m_n, I)
+                b_h = tl.load(h + i_slot * I + o_i, mask=o_i < I, other=0.0).to(tl.float32) * weight
+                b_y += decode_products(b_w, b_h)
     if NS > 0:
-        b_y += b_first.to(tl.float32) * tl.load(h + TOPK * I + o_k, mask=o_k < NS * I, other=0.0).to(tl.float32)
+        b_h = tl.load(h + TOPK * I + o_k, mask=o_k < NS * I, other=0.0).to(tl.float32)
+        b_y += decode_products(b_first, b_h)
         for i_k in range(BK, NS * I, BK):
-            m_i = m_n[:, None] & (i_k + o_k < NS * I)
-            b_w = tl.load(p_shared + i_k, mask=m_i, other=0.0).to(tl.float32)
-            b_y += b_w * tl.load(h + TOPK * I + i_k + o_k, mask=m_i, other=0.0).to(tl.float32)
-    b_out = tl.sum(b_y, axis=1) + tl.load(y + o_n, mask=m_n, other=0.0).to(tl.float32)
-    tl.store(y + o_n, b_out.to(y.dtype.element_ty), mask=m_n)
+            b_h = tl.load(h + TOPK * I + i_k + o_k, mask=i_k + o_k < NS * I, other=0.0).to(tl.float32)
+            b_y += decode_products(decode_block(p_shared, i_k + o_k, m_n, NS * I), b_h)
+    tl.store(y + o_n, (b_out + tl.sum(b_y, axis=1)).to(y.dtype.element_ty), mask=m_n)
 
 
 def decode_expert_up(

@@ -31,18 +31,17 @@ def decode_topk(p_logits, bias, E: tl.constexpr, BE: tl.constexpr, TOPK: tl.cons
     o_e, o_t = tl.arange(0, BE), tl.arange(0, BT)
     b_c = kda_sigmoid(tl.load(p_logits + o_e, mask=o_e < E, other=0.0))
     b_c += tl.load(bias + o_e, mask=o_e < E, other=0.0).to(tl.float32)
-    # Score and expert in one integer, so that a choice is one maximum: the bits of a float, the lower ones flipped for
-    # negative ones, compare like the float; of equal scores the lower expert has the larger number.
+    # The bits of a float, the lower ones flipped for negative ones, compare like the float; maxima of 32-bit integers
+    # are one instruction a warp. A choice is the largest score, then the lowest expert that has it.
     b_bits = b_c.to(tl.int32, bitcast=True)
     b_bits = b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)
-    b_key = (b_bits.to(tl.int64) << 32) | (BE - 1 - o_e).to(tl.int64)
-    lowest = -(1 << 63)
-    b_key = tl.where(o_e < E, b_key, lowest)
+    b_bits = tl.where(o_e < E, b_bits, -(1 << 31))
     b_chosen = tl.zeros([BT], tl.int32)
     for j in tl.static_range(TOPK):
-        best = tl.max(b_key, axis=0)
-        b_chosen = tl.where(o_t == j, BE - 1 - (best & 0x7FFFFFFF).to(tl.int32), b_chosen)
-        b_key = tl.where(b_key == best, lowest, b_key)
+        best = tl.max(b_bits, axis=0)
+        chosen = tl.min(tl.where(b_bits == best, o_e, BE), axis=0)
+        b_chosen = tl.where(o_t == j, chosen, b_chosen)
+        b_bits = tl.where(o_e == chosen, -(1 << 31), b_bits)
     return b_chosen
 
 
@@ -71,8 +70,8 @@ def decode_route_kernel(
 ):  # fmt: skip
     """One token a program: its experts and their weights."""
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     i_n = tl.program_id(0).to(tl.int64)
     logits += i_n * stride_logits
     b_chosen = decode_topk(logits, bias, E, BE, TOPK, BT)
@@ -87,8 +86,8 @@ def decode_group_kernel(
 ):  # fmt: skip
     """One expert a program: see the module docstring. Each counts the pairs of all experts to find its first block."""
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     i_e = tl.program_id(0)
     o_p, o_e, o_m = tl.arange(0, BP), tl.arange(0, BE), tl.arange(0, BM)
     b_chosen = tl.load(chosen + o_p, mask=o_p < P, other=E)  # bin E counts what is no pair

@@ -8,8 +8,8 @@ are in device memory, so it serves every cache, every length, and a cache that m
 | layer | launches (one token) |
 |---|---|
 | KDA | norm + six projections; decay and output gate; convolutions to gated norm; o_proj + residual |
-| MLA | norm + two projections; to latent space + new row; attention; from latent space; o_proj + residual |
-| MoE | norm + router + shared expert's first half; experts up; experts down + shared expert + residual |
+| MLA | norm + two projections; to latent space + new row; attention; splits joined; to values; o_proj + residual |
+| MoE | norm + router; all experts up; all experts down + residual |
 | dense MLP | norm + gate and up; down + residual |
 
 Rounding differs from the layers' own forward in places: a norm's output is not rounded before its projection, sums are
@@ -27,6 +27,7 @@ import torch
 from ..configuration.configuration_kimi_linear import KimiLinearConfig
 from ..kernels.decode_configs import (
     GROUP,
+    LatentConfig,
     down_config,
     experts_config,
     gemv_config,
@@ -37,10 +38,9 @@ from ..kernels.decode_configs import (
 from ..kernels.decode_experts import decode_expert_down, decode_expert_up
 from ..kernels.decode_grouped_experts import decode_grouped_experts
 from ..kernels.decode_latent import decode_latent_attention
-from ..kernels.decode_linear import decode_linear
+from ..kernels.decode_linear import decode_gate, decode_linear, decode_norm
 from ..kernels.decode_routing import decode_group, decode_route, most_blocks
-from ..kernels.fused_norms_triton import rms_norm_fwd_kernel
-from ..kernels.kda_triton_configs import gpu_class, padded, step_config
+from ..kernels.kda_triton_configs import gpu_class, step_config
 from ..kernels.kda_triton_step import kda_step_fwd
 from .cache_kimi_linear import KDACacheLayer, KimiLinearCache
 
@@ -104,7 +104,7 @@ class DecodeStep:
         multiprocessors = 4
         if self.device.type == "cuda":
             multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
-        splits = max(1, multiprocessors // N)
+        splits = max(1, multiprocessors // (self.batch * -(-self.tokens // self._latent_config().BT)))
         self.q_latent = empty(N, heads, R + S)
         self.partial = empty(N, splits, heads, R, dtype=torch.float32)
         self.partial_lse = empty(N, splits, heads, dtype=torch.float32)
@@ -112,8 +112,8 @@ class DecodeStep:
         if "sparse" in config.mlp_layer_types:
             E, topk, I = config.num_experts, config.num_experts_per_token, config.moe_intermediate_size
             shared = config.num_shared_experts
-            self.router = empty(N, E + (2 * I * shared if N > 1 else 0), dtype=torch.float32)
-            self.h, self.z = empty(N * topk + (shared if N == 1 else 0), I), empty(N * topk, H)
+            self.router = empty(N, E, dtype=torch.float32)
+            self.h, self.z = empty(N * (topk + shared), I), empty(N * (topk + shared), H)
             self.chosen = empty(N, topk, dtype=torch.int32)
             self.expert_weights = empty(N, topk, dtype=torch.float32)
             blocks = most_blocks(N, topk, E, GROUP)
@@ -122,6 +122,12 @@ class DecodeStep:
                 empty(blocks, dtype=torch.int32),
                 empty(1, dtype=torch.int32),
             )
+
+    def _latent_config(self) -> LatentConfig:
+        config = self.config
+        return latent_config(
+            self.tokens, config.num_attention_heads, config.kv_lora_rank, self.dtype.itemsize, self._gpu
+        )
 
     def _capture(self) -> None:
         """Record the launches, on scratch memory in place of a cache."""
@@ -301,11 +307,8 @@ class DecodeStep:
         decode_linear(x, weights, y, config, upcast=self._upcast, pdl=self._pdl, **options)
 
     def _normed(self, x: torch.Tensor, norm: Any) -> torch.Tensor:
-        (N, D), eps, y = x.shape, norm.variance_epsilon, self.normed
-        rms_norm_fwd_kernel[(N,)](
-            x, None, norm.weight, None, y, x.stride(0), 0, eps, D=D, BD=padded(D), HAS_RESIDUAL=False, num_warps=4
-        )
-        return y
+        decode_norm(x, norm.weight, norm.variance_epsilon, self.normed, self._pdl)
+        return self.normed
 
     def _part(self, buffer: torch.Tensor, width: int) -> torch.Tensor:
         """[N, width] at the front of a buffer that layers of several widths share."""
@@ -340,18 +343,21 @@ class DecodeStep:
         decode_latent_attention(
             p, mla.kv_b_proj.weight, latent_norm.weight, latent_norm.variance_epsilon, entry, self.past,
             self.q_latent, self.partial, self.partial_lse, o.view(-1, heads, V), self.tokens, S, mla.scaling,
-            latent_config(heads, R, o.element_size(), self._gpu), self._upcast, self._pdl,
+            self._latent_config(), self._upcast, self._pdl,
         )  # fmt: skip
         self._linear(o, [mla.o_proj.weight], self.x, residual=self.x)
 
     def _dense(self, mlp: Any, norm: Any) -> None:
         p = self._part(self.p, 2 * mlp.gate_proj.weight.shape[0])
         self._linear(self.x, [mlp.gate_proj.weight, mlp.up_proj.weight], p, norm)
-        self._linear(p, [mlp.down_proj.weight], self.x, residual=self.x, gated=True)
+        one = p.shape[0] == 1
+        if not one:
+            decode_gate(p, self._pdl)
+        self._linear(p, [mlp.down_proj.weight], self.x, residual=self.x, gated=one)
 
     def _moe(self, moe: Any, norm: Any) -> None:
         router, experts, shared = moe.gate, moe.experts, moe.shared_experts
-        E, x = router.num_experts, self.x
+        x = self.x
         bias, gate_up, down = router.e_score_correction_bias, experts.gate_up_proj, experts.down_proj
         rule = {
             "factor": router.scaling_factor,
@@ -360,25 +366,22 @@ class DecodeStep:
             "pdl": self._pdl,
         }
         chosen, weights = self.chosen, self.expert_weights
-        projections = [] if shared is None else [shared.gate_proj.weight, shared.up_proj.weight]
-        shared_down = None if shared is None else shared.down_proj.weight
+        projections = shared and (shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight)
+        self._linear(x, [router.weight], self.router, norm)
         if x.shape[0] == 1:
-            self._linear(x, [router.weight], self.router, norm)
             decode_expert_up(
-                x, norm.weight, norm.variance_epsilon, self.router, bias, gate_up, tuple(projections) or None,
+                x, norm.weight, norm.variance_epsilon, self.router, bias, gate_up, projections and projections[:2],
                 self.h, chosen, weights, experts_config(x.shape[1]), **rule,
             )  # fmt: skip
-            decode_expert_down(self.h, chosen, weights, down, shared_down, x, down_config(down.shape[2]), pdl=self._pdl)
+            config = down_config(down.shape[2])
+            decode_expert_down(self.h, chosen, weights, down, projections and projections[2], x, config, pdl=self._pdl)
             return
-        self._linear(x, [router.weight, *projections], self.router, norm)
-        decode_route(self.router[:, :E], bias, chosen, weights, **rule)
-        decode_group(chosen, *self.groups, E, pdl=self._pdl)
+        decode_route(self.router, bias, chosen, weights, **rule)
+        decode_group(chosen, *self.groups, router.num_experts, pdl=self._pdl)
         decode_grouped_experts(
-            self.normed, weights, self.groups, gate_up, down, self.h, self.z, x,
+            self.normed, weights, self.groups, gate_up, down, projections, self.h, self.z, x,
             grouped_configs(x.shape[1], down.shape[2], x.element_size(), self._gpu), self._upcast, self._pdl,
         )  # fmt: skip
-        if shared is not None:
-            self._linear(self.router[:, E:], [shared_down], x, residual=x, gated=True)
 
 
 __all__ = ["MAX_STEP_TOKENS", "DecodeStep"]

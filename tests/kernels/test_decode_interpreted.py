@@ -27,7 +27,7 @@ from kimi_linear.kernels.decode_configs import (
 from kimi_linear.kernels.decode_experts import decode_expert_down, decode_expert_up
 from kimi_linear.kernels.decode_grouped_experts import decode_grouped_experts
 from kimi_linear.kernels.decode_latent import decode_latent_attention
-from kimi_linear.kernels.decode_linear import decode_linear
+from kimi_linear.kernels.decode_linear import decode_gate, decode_linear, decode_norm
 from kimi_linear.kernels.decode_routing import decode_group, decode_route, most_blocks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -78,17 +78,29 @@ def test_projections_that_share_an_input(dtype, tokens, columns, sizes, randn):
 def test_projection_behind_gate_and_up(dtype, tokens, randn):
     x, weight = randn(tokens, 160, dtype=dtype), randn(50, 80, dtype=dtype)
     y = torch.full((tokens, 50), NAN, dtype=dtype)
-    config = gemv_config(80, 50) if tokens == 1 else skinny_config(tokens, 80, 50, x.element_size())
-    decode_linear(x, [weight], y, config, gated=True, upcast=True)
     gate, up = x.double().chunk(2, dim=1)
-    # Several tokens: the gated product is rounded as an operand of the tensor cores.
+    if tokens == 1:
+        decode_linear(x, [weight], y, gemv_config(80, 50), gated=True)
+    else:
+        decode_gate(x)
+        assert torch.equal(x[:, 80:], up.to(dtype))
+        decode_linear(x, [weight], y, skinny_config(tokens, 80, 50, x.element_size()), upcast=True)
+    # Several tokens: the gated product is rounded in between.
     assert relative(y, (F.silu(gate) * up) @ weight.double().T) < bound(dtype, 1 if tokens == 1 else 2)
 
 
-def test_several_tokens_must_be_normed_before():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_in_front_of_several_tokens(dtype, randn):
+    x, weight, y = randn(3, 40, dtype=dtype) * 3, randn(40, dtype=dtype), torch.full((3, 40), NAN, dtype=dtype)
+    decode_norm(x, weight, 1e-5, y)
+    assert relative(y, normed(x, weight, 1e-5)) < bound(dtype, 2)  # before the weight and behind it
+
+
+@pytest.mark.parametrize("front", [{"norm_weight": torch.ones(16)}, {"gated": True}])
+def test_several_tokens_must_be_normed_and_gated_before(front):
     x = torch.zeros(2, 16)
-    with pytest.raises(ValueError, match="norm x beforehand"):
-        decode_linear(x, [x], torch.zeros(2, 2), skinny_config(2, 16, 2, 4), norm_weight=x[0])
+    with pytest.raises(ValueError, match="norm or gate x beforehand"):
+        decode_linear(x, [x], torch.zeros(2, 2), skinny_config(2, 16, 2, 4), **front)
 
 
 def routed(logits, bias, topk, biased, renormalize, factor):
@@ -168,29 +180,41 @@ def test_experts_of_one_token(dtype, shared, randn):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [2, 20])
-def test_experts_of_several_tokens(dtype, tokens, randn):
+@pytest.mark.parametrize(("tokens", "shared"), [(2, 0), (2, 2), (20, 1), (20, 2)])
+def test_experts_of_several_tokens(dtype, tokens, shared, randn):
     E, H, I, topk = 6, 48, 24, 3
     x, y = randn(tokens, H, dtype=dtype), randn(tokens, H, dtype=dtype)
     gate_up, down = randn(E, 2 * I, H, dtype=dtype), randn(E, H, I, dtype=dtype)
+    rows = [randn(shared * I, H, dtype=dtype) for _ in range(2)]
+    shared_down = randn(H, shared * I, dtype=dtype)
     chosen, weights = randn(tokens, E).topk(topk).indices.int(), randn(tokens, topk).abs()
     blocks = most_blocks(tokens, topk, E, GROUP)
     groups = [torch.full((n,), -7, dtype=torch.int32) for n in (blocks * GROUP, blocks, 1)]
     decode_group(chosen, *groups, E)
-    h, z = (torch.full((tokens * topk, width), NAN, dtype=dtype) for width in (I, H))
+    h, z = (torch.full((tokens * (topk + shared), width), NAN, dtype=dtype) for width in (I, H))
     exact = y.double()
     for n in range(tokens):
         for e, weight in zip(chosen[n].tolist(), weights[n]):
             exact[n] += weight * expert(x[n].double(), gate_up[e], down[e])
+        if shared:
+            exact[n] += expert(x[n].double(), torch.cat(rows), shared_down)
     configs = grouped_configs(H, I, x.element_size())
-    decode_grouped_experts(x, weights, tuple(groups), gate_up, down, h, z, y, configs, upcast=True)
+    projections = (*rows, shared_down) if shared else None
+    decode_grouped_experts(x, weights, tuple(groups), gate_up, down, projections, h, z, y, configs, upcast=True)
     assert relative(y, exact) < bound(dtype, 3)  # h, z and y
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("batch", "tokens", "past", "splits", "masked"),
-    [(1, 1, 0, 3, False), (1, 1, 63, 3, False), (1, 1, 64, 1, False), (2, 1, 130, 4, True), (2, 3, 65, 4, True)],
+    [
+        (1, 1, 0, 3, False),
+        (1, 1, 63, 3, False),
+        (1, 1, 64, 1, False),
+        (2, 1, 130, 4, True),
+        (2, 3, 65, 4, True),
+        (1, 7, 61, 3, False),
+    ],
 )
 def test_attention_over_latents(dtype, batch, tokens, past, splits, masked, randn):
     H, D, V, R, S = 4, 16, 24, 40, 8
@@ -208,7 +232,7 @@ def test_attention_over_latents(dtype, batch, tokens, past, splits, masked, rand
     decode_latent_attention(
         p, kv_b, norm, 1e-6, table, torch.tensor([past]), torch.full((N, H, R + S), NAN, dtype=dtype),
         torch.full((N, splits, H, R), NAN), torch.full((N, splits, H), NAN), o, tokens, S, scale,
-        latent_config(H, R, rows.element_size()), upcast=True,
+        latent_config(tokens, H, R, rows.element_size()), upcast=True,
     )  # fmt: skip
 
     queries = p[:, : H * (D + S)].double().view(batch, tokens, H, D + S)

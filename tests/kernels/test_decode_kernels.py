@@ -17,12 +17,12 @@ from tiny_checkpoints import RELEASED_CONFIG
 
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.kernels import (
+    decode_attend,
     decode_experts,
     decode_grouped_experts,
     decode_latent,
     decode_linear,
     decode_routing,
-    fused_norms_triton,
     kda_triton_step,
 )
 from kimi_linear.modeling.decode_step import DecodeStep
@@ -31,12 +31,14 @@ from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
 HERE = Path(__file__).parent
 KERNELS = [
     decode_linear.decode_gemv_kernel, decode_linear.decode_skinny_kernel,
+    decode_linear.decode_norm_kernel, decode_linear.decode_gate_kernel,
     decode_routing.decode_route_kernel, decode_routing.decode_group_kernel,
     decode_experts.decode_expert_up_kernel, decode_experts.decode_expert_down_kernel,
     decode_grouped_experts.decode_grouped_up_kernel, decode_grouped_experts.decode_grouped_down_kernel,
     decode_grouped_experts.decode_combine_kernel,
-    decode_latent.decode_absorb_kernel, decode_latent.decode_attend_kernel, decode_latent.decode_value_kernel,
-    kda_triton_step.kda_step_fwd_kernel, fused_norms_triton.rms_norm_fwd_kernel,
+    decode_attend.decode_attend_kernel, decode_attend.decode_attend_tokens_kernel,
+    decode_latent.decode_absorb_kernel, decode_latent.decode_join_kernel, decode_latent.decode_value_kernel,
+    kda_triton_step.kda_step_fwd_kernel,
 ]  # fmt: skip
 
 
@@ -61,10 +63,12 @@ def model():
     return model
 
 
-@pytest.mark.parametrize(("gpu", "batch"), [*itertools.product(TARGETS, [1, 64]), ("sm_90", 8)])
-def test_step_compiles_and_fits(gpu, batch, model, monkeypatch):
+@pytest.mark.parametrize(
+    ("gpu", "batch", "tokens"), [*itertools.product(TARGETS, [1, 64], [1]), ("sm_90", 8, 1), ("sm_90", 1, 4)]
+)
+def test_step_compiles_and_fits(gpu, batch, tokens, model, monkeypatch):
     """At the released shape: shared memory within limits; matrix products on tensor cores; wide loads of weights."""
-    target, step = TARGETS[gpu], DecodeStep(model, batch, 1)
+    target, step = TARGETS[gpu], DecodeStep(model, batch, tokens)
     step._gpu, step._pdl = gpu, gpu in ("sm_90", "sm_100")
     with compiling(KERNELS, target, monkeypatch) as compiled:
         step._launch()
@@ -74,16 +78,20 @@ def test_step_compiles_and_fits(gpu, batch, model, monkeypatch):
     assert {kernel.hash for _, kernel in side_by_side} == {kernel.hash for _, kernel in compiled}
     several = {"decode_skinny_kernel", "decode_grouped_up_kernel", "decode_group_kernel"}
     one = {"decode_gemv_kernel", "decode_expert_up_kernel", "decode_expert_down_kernel"}
-    wanted = {"kda_step_fwd_kernel", "decode_attend_kernel", *(one if batch == 1 else several)}
+    attend = "decode_attend_kernel" if tokens == 1 else "decode_attend_tokens_kernel"
+    wanted = {"kda_step_fwd_kernel", attend, *(one if batch * tokens == 1 else several)}
     assert wanted <= {name for name, _ in compiled}
     for name, kernel in {kernel.hash: (name, kernel) for name, kernel in compiled}.values():
         registers, spilled = resources(kernel, target.backend)
         shared = kernel.metadata.shared
-        print(f"{gpu:7} batch {batch:2} {name:28} registers {registers:3} spilled {spilled:4} shared {shared:6}")
+        step_name = f"{gpu:7} batch {batch:2} tokens {tokens}"
+        print(f"{step_name} {name:28} registers {registers:3} spilled {spilled:4} shared {shared:6}")
         # Desktop GPUs (sm_86, sm_89, sm_120) take the sm_80 choices and have 99 KiB.
         assert shared <= (99 << 10 if gpu == "sm_80" else SHARED_LIMIT[gpu]), (name, shared)
         if gpu == "sm_90":
-            assert spilled <= 128, (name, spilled)  # bytes a thread
+            # Bytes a thread. Attention of several tokens fills the registers with its sums: Triton 3.6 spills none of
+            # it, Triton 3.9 some addresses.
+            assert spilled <= (320 if name == "decode_attend_tokens_kernel" else 128), (name, spilled)
             if name in ("decode_gemv_kernel", "decode_expert_up_kernel", "decode_expert_down_kernel"):
                 assert len(re.findall(r"ld\.global[.\w:]*\.v4", kernel.asm["ptx"])) >= 4, name
             if "skinny" in name or "grouped" in name or "attend" in name:
