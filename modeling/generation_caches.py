@@ -8,7 +8,7 @@ from transformers.cache_utils import Cache
 from .cache_kimi_linear import KimiLinearCache
 
 # Positions behind a prompt that a cache makes room for at once, at the most: these or a 32nd of the prompt.
-_ROOM_AHEAD = 4096
+_ROOM_AHEAD = 1024
 
 
 def check_cache_implementation(name: str | None, layer_types: list[str]) -> None:

@@ -111,7 +111,7 @@ def test_expected_lengths_are_allocated_at_once(model, random_ids):
     model.generate(random_ids(1, 300), past_key_values=cache, max_new_tokens=40, **options)
     assert cache.get_seq_length() == 339 and rows(cache) == {512}  # 340, in blocks of 256
     model.generate(random_ids(1, 300), past_key_values=bounded, max_length=10**9, max_time=0.0, **options)
-    assert rows(bounded) == {4608}  # 300 + 4096, in blocks of 256
+    assert rows(bounded) == {1536}  # 300 + 1024, in blocks of 256
     cache.reset()
     cache.expect(1000)
     cache.expect(10)
