@@ -114,10 +114,10 @@ FORWARD = [
 STEP = [(1, 0.012), (8, 0.018), (64, 0.075), (256, 0.29)]
 
 
-def forward_counts(B: int, T: int, H: int, K: int = 128, V: int = 128, C: int = 64) -> tuple[float, float]:
+def forward_counts(B: int, T: int, H: int, K: int = 128, V: int = 128, C: int = 32) -> tuple[float, float]:
     """Bytes that must move (q, k, g, v, o in bf16, beta; once each) and FLOPs of the two stages' products."""
-    tokens = B * T * H
-    products = 2 * 2 * C * K + 2 * 5 * 2 * C * C  # A and L; inverse: two C^3 products a level
+    tokens, levels = B * T * H, C.bit_length() - 2
+    products = 2 * 2 * C * K + levels * 2 * 2 * C * C  # A and L; inverse: two C^3 products a level
     products += 2 * 2 * K * V + 3 * 2 * C * V + 2 * K * V  # xk S, xq S; M V, M R, A U; xg^T U
     return tokens * 2.0 * (3 * K + 2 * V + 1), tokens * float(products)
 
@@ -230,21 +230,28 @@ def tune() -> dict:
         found[name] = {str(k): v for k, v in times.items()}
 
     forward = lambda: median(lambda: chunk_kda(**x), rep=25)[0]  # noqa: E731
-    wide = intra._replace(NG=2 * intra.NG, num_warps=8)
-    choose("intra_config", [intra, intra._replace(maxnreg=168), wide, wide._replace(maxnreg=128)], forward)
-    choose("inter_config", [inter, inter._replace(num_stages=2), inter._replace(BV=128, num_warps=8, num_stages=2)],
-           forward)  # fmt: skip
+    wide = intra._replace(NG=2 * intra.NG, num_warps=2 * intra.num_warps)
+    choose("intra_config", [intra, wide, wide._replace(maxnreg=168)], forward)
+    choose("inter_config", [inter, inter._replace(num_stages=4), inter._replace(BV=128, num_warps=8)], forward)
     token = [step_inputs(64) for _ in range(4)]
     steps = [step._replace(num_warps=w, maxnreg=m) for w, m in ((4, None), (8, None), (8, 128), (16, None))]
     choose("step_config", steps, lambda: graph_ms([lambda x=x: kda_step(**x) for x in token], rep=25)[0])
     return found
 
 
-def cold_start() -> float:
-    """Seconds of the first forward call in a new process with an empty compile cache, start of CUDA left out."""
-    code = ("import time, torch; from benchmarks.kda import chunk_kda, inputs; x = inputs('tame', 1, 8192, 32);"
-            "torch.cuda.synchronize(); t = time.time(); chunk_kda(**x); torch.cuda.synchronize();"
-            "print(time.time() - t)")  # fmt: skip
+def cold_start(in_model: bool) -> float:
+    """
+    Seconds of the first forward call in a new process with an empty compile cache, start of CUDA left out.
+
+    in_model: behind what importing the model and the first other kernel of it have done by then: torch._dynamo is
+    imported, and Triton has started.
+    """
+    code = "import time, torch; from benchmarks.kda import chunk_kda, inputs; x = inputs('tame', 1, 8192, 32);"
+    if in_model:
+        code += ("import torch._dynamo; from kimi_linear.kernels.kda_triton_index import kda_index_fwd;"
+                 "kda_index_fwd(torch.zeros(2, dtype=torch.int32, device='cuda'), 0, 32);")  # fmt: skip
+    code += ("torch.cuda.synchronize(); t = time.time(); chunk_kda(**x); torch.cuda.synchronize();"
+             "print(time.time() - t)")  # fmt: skip
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "TRITON_CACHE_DIR": cache}
         run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -280,8 +287,10 @@ def main() -> None:
     }  # fmt: skip
     if args.tune:
         result["tune"] = tune()
-    result["cold_start_s"] = cold_start()
-    print("first call, compiled from nothing:", result["cold_start_s"], "s", flush=True)
+    result["cold_start_s"] = cold_start(in_model=False)
+    result["cold_start_in_model_s"] = cold_start(in_model=True)
+    print("first call, compiled from nothing:", result["cold_start_s"], "s in a new process,",
+          result["cold_start_in_model_s"], "s in the model's", flush=True)  # fmt: skip
     result["step"] = step_rows()
     peers = fla_chunk_kda is not None and not args.no_peers
     result["forward"] = forward_rows(peers, not args.no_errors, args.only)

@@ -17,7 +17,8 @@ backward yet: differentiating through them raises.
 
 import re
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -27,6 +28,7 @@ from .kda_triton_configs import gpu_class, inter_config, intra_config, padded, s
 from .kda_triton_index import kda_index_fwd
 from .kda_triton_inter import kda_inter_fwd
 from .kda_triton_intra import kda_intra_fwd, kda_intra_fwd_kernel
+from .kda_triton_lanes import Lanes, compile_side_by_side, runs_beside, segments
 from .kda_triton_step import kda_step_fwd
 
 try:
@@ -37,10 +39,6 @@ except ImportError:
 # This file may be loaded twice in a process (from the package and from a Hub folder): each copy registers under its
 # own name.
 _NAMESPACE = "kda_" + re.sub(r"\W", "_", __name__)
-# Tokens (times batch) whose stage-1 tiles are held at once; longer inputs go segment by segment through the same
-# memory.
-_SEGMENT_TOKENS = 32768
-
 # Boundaries of packed sequences whose values were read and found right: tensor -> (version, tokens).
 _CHECKED = WeakTensorKeyDictionary()
 
@@ -73,6 +71,7 @@ def _on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+@lru_cache(maxsize=16)
 def _gpu(device: torch.device) -> str:
     if device.type != "cuda":
         return "sm_90"
@@ -92,36 +91,55 @@ def _chunk_kda_fwd(
     initial_state: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    (B, T, H, K), V = q.shape, v.shape[-1]
+    (B, T, H, K), V, device = q.shape, v.shape[-1], q.device
     N = B if cu_seqlens is None else cu_seqlens.numel() - 1
-    o = torch.empty(B, T, H, V, dtype=v.dtype, device=v.device)
-    state = torch.empty(N, H, K, V, dtype=torch.float32, device=v.device)
+    o = torch.empty(B, T, H, V, dtype=v.dtype, device=device)
+    state = torch.empty(N, H, K, V, dtype=torch.float32, device=device)
     if N * H == 0:
         return o, state
     dtype = str(q.dtype).removeprefix("torch.")
-    intra = intra_config(_gpu(q.device), K, dtype)
-    inter = inter_config(_gpu(q.device), K, V, dtype)
+    intra = intra_config(_gpu(device), K, dtype)
+    inter = inter_config(_gpu(device), K, V, dtype)
     C, upcast = intra.C, _interpreted() and q.dtype == torch.bfloat16
-    with _on(q.device):
+
+    # A segment: first token of each row, chunks of each row, its first entry in the tiles, index of a pack, tiles.
+    def first_stage(*segment: Any, compile_only: bool = False) -> None:
+        kda_intra_fwd(q, k, g, beta, A_log, dt_bias, scale, *segment, intra, upcast, compile_only)
+
+    def second_stage(state_in: torch.Tensor | None, *segment: Any, compile_only: bool = False) -> None:
+        kda_inter_fwd(v, o, state_in, state, *segment, inter, upcast, compile_only)
+
+    def compile_for(*segment: Any) -> None:
+        kind = (device, H, K, V, q.dtype, g.dtype, beta.dtype, v.dtype, A_log.dtype, dt_bias.dtype, cu_seqlens is None)
+        stages = partial(first_stage, *segment), partial(second_stage, initial_state, *segment)
+        compile_side_by_side(kind, device, *(partial(stage, compile_only=True) for stage in stages))
+
+    with _on(device):
         if cu_seqlens is not None:
             # Tokens outside every sequence (before the first, behind the last) have output 0.
             o.zero_()
             index = (cu_seqlens, *kda_index_fwd(cu_seqlens, T, C))
-            tiles = _tiles(q, index[-1].numel(), C)
+            whole = (0, 0, 0, index, _tiles(q, index[-1].numel(), C))
+            compile_for(*whole)
             if index[-1].numel() > 0:
-                kda_intra_fwd(q, k, g, beta, A_log, dt_bias, scale, 0, 0, index, tiles, intra, upcast)
-            kda_inter_fwd(v, o, initial_state, state, 0, 0, index, tiles, inter, upcast)
+                first_stage(*whole)
+            second_stage(initial_state, *whole)
             return o, state
-        segment = max(C, _SEGMENT_TOKENS // B // C * C)
-        tiles = _tiles(q, B * -(-min(segment, T) // C), C)
-        state_in = initial_state
-        for t_begin in range(0, max(T, 1), segment):
-            NT = -(-min(segment, T - t_begin) // C)
-            part = tuple(x[: B * NT] for x in tiles)
+        beside = runs_beside(device, N * H * -(-V // inter.BV), B * T)
+        length, slots = segments(B, T, C, beside)
+        tiles = _tiles(q, min(slots, -(-T // length)) * B * -(-min(length, T) // C), C)
+        compile_for(0, 0, 0, None, tiles)
+        lanes, state_in = Lanes(device, beside, slots), initial_state
+        for i, t_begin in enumerate(range(0, max(T, 1), length)):
+            NT, slot = -(-min(length, T - t_begin) // C), i % slots
+            segment = (t_begin, NT, slot * B * (length // C), None, tiles)
             if NT > 0:
-                kda_intra_fwd(q, k, g, beta, A_log, dt_bias, scale, t_begin, NT, None, part, intra, upcast)
-            kda_inter_fwd(v, o, state_in, state, t_begin, NT, None, part, inter, upcast)
+                lanes.wait_for(slot)
+                first_stage(*segment)
+            with lanes.second(slot):
+                second_stage(state_in, *segment)
             state_in = state
+        lanes.join()
     return o, state
 
 

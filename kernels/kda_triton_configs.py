@@ -6,7 +6,8 @@ Classes that were not measured take the sm_90 choice where it fits their shared 
 offline in the tests.
 """
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 CLASSES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -49,6 +50,18 @@ def launch_options(config: NamedTuple) -> dict[str, int]:
     return {"num_warps": config.num_warps} if bound is None else {"num_warps": config.num_warps, "maxnreg": bound}
 
 
+def alignment(*tensors: Any) -> int:
+    """What the strides of [B, T, ...] tensors between tokens, and between rows (if several), are multiples of."""
+    return math.gcd(16, *(x.stride(i) for x in tensors for i in (0, 1) if i == 1 or x.shape[0] > 1))
+
+
+def launch(kernel: Any, grid: tuple[int, ...], compile_only: bool, *args: Any, **options: Any) -> None:
+    """`kernel[grid](*args, **options)`, or all of it but the launch itself: compile, load, build the launcher."""
+    compiled = kernel.run(*args, grid=grid, warmup=compile_only, **options)
+    if compile_only:
+        _ = compiled.run  # Triton loads when this is first asked for
+
+
 def padded(size: int) -> int:
     """Head size as the kernels' blocks hold it: a power of two, at least 16."""
     return max(16, 1 << (size - 1).bit_length())
@@ -71,12 +84,12 @@ def _precision(gpu: str, dtype: str) -> str:
 
 def intra_config(gpu: str, K: int, dtype: str) -> KdaIntraConfig:
     """Stage 1 for head size K and inputs of `dtype` ("float32", "float16", "bfloat16")."""
-    BK, precision = padded(K), _precision(gpu, dtype)
-    # Stage 2 holds chunks' tiles in shared memory, of which an AMD workgroup has 64 KiB, sm_80 163 and sm_90 227.
-    row = BK * (2 if dtype == "bfloat16" else 4)
-    C = 64 if row <= (128 if gpu == "gfx942" else 256) else 32
-    loaded = 4 * 32 * 16 // (BK * (4 if dtype == "float32" else 2))  # rows: 4 warps, 16 bytes a thread
-    return KdaIntraConfig(C, min(C, loaded), 16, 4, precision)
+    # Short chunks and two warps at heads of 128 in bf16, so that a thread holds 64 values of a tile: with fewer of them
+    # more of the scans and sums cross warps, with more the registers don't suffice.
+    BK, size, C = padded(K), 4 if dtype == "float32" else 2, 32
+    num_warps = max(1, BK * (2 if dtype == "bfloat16" else 4) // 128)
+    loaded = num_warps * 32 * 16 // (BK * size)  # rows: 16 bytes a thread
+    return KdaIntraConfig(C, min(C, loaded), 16, num_warps, _precision(gpu, dtype))
 
 
 def inter_config(gpu: str, K: int, V: int, dtype: str) -> KdaInterConfig:

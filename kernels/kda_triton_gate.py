@@ -61,15 +61,15 @@ def kda_in_order(b_x, NG: tl.constexpr):
 
 @triton.jit
 def kda_tiles(
-    q, k, g, dt_bias, a_head, n_t,
+    q, k, g, beta, dt_bias, a_head, scale, n_t,
     rows, xq, xk, xg, decay, channels,
-    stride_qt, stride_qk, stride_kt, stride_kk, stride_gt, stride_gk,
+    stride_qt, stride_qk, stride_kt, stride_kk, stride_gt, stride_gk, stride_bt,
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, NG: tl.constexpr,
     SPAN: tl.constexpr, SUFFIX_SCAN: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """
-    Write a chunk's tiles and its list of wild channels (module docstring), given `rows` of kda_rows; all pointers are
-    at the chunk's start.
+    Write a chunk's `rows` (see kda_rows), tiles and list of wild channels (module docstring); all pointers are at the
+    chunk's start.
 
     Returns the three tiles about h in DTYPE and the number of wild channels.
     """
@@ -78,9 +78,11 @@ def kda_tiles(
     o_x = (o_x % NG) * R + o_x // NG  # token of a row: rows n, n + NG, ... are group n's, and one thread's
     o_t, o_k2 = o_x[:, None], o_k[None, :]
     m_tk = (o_t < n_t) & (o_k2 < K)
-    b_g = tl.load(g + o_t * stride_gt + o_k2 * stride_gk, mask=m_tk, other=float("-inf")).to(tl.float32)
+    b_g = tl.load(g + o_t * stride_gt + o_k2 * stride_gk, mask=m_tk, other=float("-inf"))  # on its way meanwhile
+    kda_rows(q, k, beta, rows, scale, n_t, stride_qt, stride_qk, stride_kt, stride_kk, stride_bt, K, BK, C)
+    tl.debug_barrier()  # `rows` was written by other threads
     b_bias = tl.load(dt_bias + o_k, mask=o_k < K, other=0.0).to(tl.float32) * 1.4426950408889634
-    b_g = kda_gate_log2_scaled(b_g * 1.4426950408889634 + b_bias[None, :], a_head)
+    b_g = kda_gate_log2_scaled(b_g.to(tl.float32) * 1.4426950408889634 + b_bias[None, :], a_head)
     b_g = tl.reshape(b_g, [R, NG, BK])
     b_sum = tl.sum(b_g, axis=0)
     b_total = tl.sum(b_sum, axis=0)
@@ -96,25 +98,24 @@ def kda_tiles(
     else:
         b_up = tl.reshape(b_up, [C, BK])
         b_down = tl.where(m_wild, b_total, 0.0)[None, :] - b_up
-    b_up = tl.exp2(b_up)
     b_e = tl.exp2(b_h)[None, :]
     tl.store(decay + o_k, tl.exp2(b_total))
     b_wild = m_wild.to(tl.int32)
     tl.store(channels + tl.cumsum(b_wild, axis=0) - 1, o_k.to(tl.int16), mask=m_wild)
 
+    # In this order the fewest of these tiles are in registers at once.
     o_tk = o_t * BK + o_k2
+    b_k = tl.load(k + o_t * stride_kt + o_k2 * stride_kk, mask=m_tk, other=0.0).to(tl.float32)
+    b_k *= tl.load(rows + C + o_x)[:, None]
+    b_xg = b_k * tl.exp2(b_down)
+    tl.store(xg + o_tk, (b_xg * b_e).to(DTYPE))
+    b_xg = kda_in_order((b_xg * tl.where(m_wild, 0.0, 1.0)[None, :]).to(DTYPE), NG)
+    b_up = tl.exp2(b_up)
+    b_k *= b_up
+    tl.store(xk + o_tk, (-b_k * b_e).to(DTYPE))
+    b_xk = kda_in_order(b_k.to(DTYPE), NG)
     b_q = tl.load(q + o_t * stride_qt + o_k2 * stride_qk, mask=m_tk, other=0.0).to(tl.float32)
     b_q *= tl.load(rows + o_x)[:, None]
     b_q *= b_up
     tl.store(xq + o_tk, (b_q * b_e).to(DTYPE))
-    b_k = tl.load(k + o_t * stride_kt + o_k2 * stride_kk, mask=m_tk, other=0.0).to(tl.float32)
-    b_k *= tl.load(rows + C + o_x)[:, None]
-    b_up *= b_k
-    tl.store(xk + o_tk, (-b_up * b_e).to(DTYPE))
-    b_k *= tl.exp2(b_down)
-    tl.store(xg + o_tk, (b_k * b_e).to(DTYPE))
-    b_k *= tl.where(m_wild, 0.0, 1.0)[None, :]
-    return (
-        kda_in_order(b_q.to(DTYPE), NG), kda_in_order(b_up.to(DTYPE), NG), kda_in_order(b_k.to(DTYPE), NG),
-        tl.sum(b_wild, axis=0),
-    )  # fmt: skip
+    return kda_in_order(b_q.to(DTYPE), NG), b_xk, b_xg, tl.sum(b_wild, axis=0)

@@ -17,7 +17,7 @@ exact. Products take operands in the inputs' dtype and sum in fp32; the state it
 
 import torch
 
-from .kda_triton_configs import KdaInterConfig, launch_options
+from .kda_triton_configs import KdaInterConfig, alignment, launch, launch_options
 from .kda_triton_math import kda_dot
 
 try:
@@ -27,19 +27,22 @@ except ImportError:
     from .kda_triton_absent import tl, triton
 
 
-@triton.jit(do_not_specialize=["T", "NT", "t_begin"])
+@triton.jit(do_not_specialize=["has_state", "T", "NT", "t_begin", "first", "stride_vb"])
 def kda_inter_fwd_kernel(
     xq, xk, xg, decay, A, M, v, o,
     state_in, state_out,
     cu_seqlens, chunk_offsets,
-    T, NT, t_begin,
-    stride_vb, stride_vt, stride_vh, stride_vv,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    has_state, T, NT, t_begin, first,
+    stride_vb: tl.int64, stride_vt, stride_vh, stride_vv,
+    ALIGN: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    PACKED: tl.constexpr, HAS_STATE: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
+    PACKED: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """See the module docstring; o is contiguous [B, T, H, V], states contiguous [N, H, K, V]."""
+    """
+    See the module docstring; o is contiguous [B, T, H, V], states contiguous [N, H, K, V]; without `has_state`
+    `state_in` isn't read.
+    """
     i_v, i_nh = tl.program_id(0), tl.program_id(1)
     i_n, i_h = i_nh // H, i_nh % H
     if PACKED:
@@ -50,9 +53,9 @@ def kda_inter_fwd_kernel(
         v += bos * stride_vt
         o += bos * (H * V)
     else:
-        i_tile = i_n.to(tl.int64) * NT * H + i_h
+        i_tile = (first + i_n.to(tl.int64) * NT) * H + i_h
         n_t = T - t_begin
-        v += i_n.to(tl.int64) * stride_vb + t_begin.to(tl.int64) * stride_vt
+        v += tl.multiple_of(i_n * stride_vb, ALIGN) + t_begin.to(tl.int64) * stride_vt
         o += (i_n.to(tl.int64) * T + t_begin) * (H * V)
     v += i_h * stride_vh
     o += i_h * V
@@ -72,10 +75,7 @@ def kda_inter_fwd_kernel(
     o_cc = o_c[:, None] * C + o_c[None, :]
     o_vk = o_k[None, :] * V + o_v[:, None]
     i_state = i_nh.to(tl.int64) * (K * V)
-    if HAS_STATE:
-        b_s = tl.load(state_in + i_state + o_vk, mask=m_vk, other=0.0)
-    else:
-        b_s = tl.zeros([BV, BK], tl.float32)
+    b_s = tl.load(state_in + i_state + o_vk, mask=tl.where(m_vk, has_state, 0) > 0, other=0.0)
 
     for i_c in tl.range(0, NT, num_stages=STAGES):
         m_tv = (i_c * C + o_c < n_t)[:, None] & m_v[None, :]
@@ -115,27 +115,32 @@ def kda_inter_fwd(
     state_out: torch.Tensor,
     t_begin: int,
     NT: int,
+    first: int,
     index: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
     tiles: tuple[torch.Tensor, ...],
     config: KdaInterConfig,
     upcast: bool,
+    compile_only: bool = False,
 ) -> None:
     """
-    Write `o` for the chunks in `tiles` (see kda_intra_fwd) and the states behind them; `state_in` may be `state_out`.
+    Write `o` for the chunks from entry `first` of `tiles` on (see kda_intra_fwd) and the states behind them; `state_in`
+    may be `state_out`.
 
-    v [B, T, H, V] by strides, o [B, T, H, V] contiguous, states [N, H, K, V] contiguous fp32.
+    v [B, T, H, V] by strides, o [B, T, H, V] contiguous, states [N, H, K, V] contiguous fp32. compile_only: launch
+    nothing (see `launch`).
     """
     (xq, xk, xg, decay, A, M), (N, H, K, V) = tiles[:6], state_out.shape
     cu_seqlens, chunk_offsets, _ = index or (None, None, None)
-    kda_inter_fwd_kernel[(triton.cdiv(V, config.BV), N * H)](
+    launch(
+        kda_inter_fwd_kernel, (triton.cdiv(V, config.BV), N * H), compile_only,
         xq, xk, xg, decay, A, M, v, o,
-        state_in, state_out,
+        state_out if state_in is None else state_in, state_out,
         cu_seqlens, chunk_offsets,
-        v.shape[1], NT, t_begin,
+        int(state_in is not None), v.shape[1], NT, t_begin, first,
         *v.stride(),
-        H=H, K=K, V=V,
+        ALIGN=alignment(v), H=H, K=K, V=V,
         BK=xq.shape[-1], BV=config.BV, C=A.shape[-1],
         DTYPE=tl.bfloat16 if xq.dtype == torch.bfloat16 else tl.float32, PRECISION=config.precision,
-        PACKED=index is not None, HAS_STATE=state_in is not None, UPCAST=upcast, STAGES=config.num_stages,
+        PACKED=index is not None, UPCAST=upcast, STAGES=config.num_stages,
         **launch_options(config),
     )  # fmt: skip

@@ -21,8 +21,8 @@ tiles (11 bits; the entries of M and L lie within [-1, 1] as |k| = 1, beta <= 1)
 
 import torch
 
-from .kda_triton_configs import KdaIntraConfig, launch_options
-from .kda_triton_gate import SPAN, kda_rows, kda_tiles
+from .kda_triton_configs import KdaIntraConfig, alignment, launch, launch_options
+from .kda_triton_gate import SPAN, kda_tiles
 from .kda_triton_index import kda_chunk_place
 from .kda_triton_math import kda_dot
 from .kda_triton_wild import BASE, FLOOR, kda_wild_slice
@@ -64,31 +64,36 @@ def kda_invert(b_L, o_c, NS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.co
     return b_M
 
 
-@triton.jit(do_not_specialize=["T", "NT", "t_begin"])
+@triton.jit(do_not_specialize=["T", "NT", "t_begin", "first", "stride_qb", "stride_kb", "stride_gb", "stride_bb"])
 def kda_intra_fwd_kernel(
     q, k, g, beta, A_log, dt_bias,
     xq, xk, xg, decay, A, M, channels, rows,
     cu_seqlens, chunk_offsets, chunk_seq,
-    scale, T, NT, t_begin,
-    stride_qb, stride_qt, stride_qh, stride_qk,
-    stride_kb, stride_kt, stride_kh, stride_kk,
-    stride_gb, stride_gt, stride_gh, stride_gk,
-    stride_bb, stride_bt, stride_bh,
-    H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BKW: tl.constexpr,
+    scale, T, NT, t_begin, first,
+    stride_qb: tl.int64, stride_qt, stride_qh, stride_qk,
+    stride_kb: tl.int64, stride_kt, stride_kh, stride_kk,
+    stride_gb: tl.int64, stride_gt, stride_gh, stride_gk,
+    stride_bb: tl.int64, stride_bt, stride_bh,
+    ALIGN: tl.constexpr, H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BKW: tl.constexpr,
     C: tl.constexpr, NG: tl.constexpr, NS: tl.constexpr,
     SPAN: tl.constexpr, FLOOR: tl.constexpr, BASE: tl.constexpr,
     DTYPE: tl.constexpr, INVERSE_DTYPE: tl.constexpr, PRECISION: tl.constexpr, SUFFIX_SCAN: tl.constexpr,
     PACKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """See the module docstring; `channels` [NC, H, BK] and `rows` [NC, H, 4, C] are scratch."""
+    """
+    See the module docstring; `channels` [NC, H, BK] and `rows` [NC, H, 4, C] are scratch.
+
+    The strides between batch rows grow with T, so no version may be compiled for a kind of them; ALIGN says what they
+    are multiples of.
+    """
     i_c, i_h = tl.program_id(0), tl.program_id(1)
     i_b, t0, n_t = kda_chunk_place(cu_seqlens, chunk_offsets, chunk_seq, i_c, T, NT, t_begin, C, PACKED)
     if n_t <= 0:
         return
-    i_tile = i_c.to(tl.int64) * H + i_h
-    q += i_b * stride_qb + t0 * stride_qt + i_h * stride_qh
-    k += i_b * stride_kb + t0 * stride_kt + i_h * stride_kh
-    g += i_b * stride_gb + t0 * stride_gt + i_h * stride_gh
+    i_tile = (first + i_c).to(tl.int64) * H + i_h
+    q += tl.multiple_of(i_b * stride_qb, ALIGN) + t0 * stride_qt + i_h * stride_qh
+    k += tl.multiple_of(i_b * stride_kb, ALIGN) + t0 * stride_kt + i_h * stride_kh
+    g += tl.multiple_of(i_b * stride_gb, ALIGN) + t0 * stride_gt + i_h * stride_gh
     beta += i_b * stride_bb + t0 * stride_bt + i_h * stride_bh
     dt_bias += i_h * K
     xq += i_tile * (C * BK)
@@ -98,11 +103,10 @@ def kda_intra_fwd_kernel(
     channels += i_tile * BK
     rows += i_tile * (4 * C)
     a_head = tl.exp(tl.load(A_log + i_h).to(tl.float32))
-    kda_rows(q, k, beta, rows, scale, n_t, stride_qt, stride_qk, stride_kt, stride_kk, stride_bt, K, BK, C)
-    tl.debug_barrier()  # `rows` was written by other threads
     b_xq, b_xk, b_xg, n_wild = kda_tiles(
-        q, k, g, dt_bias, a_head, n_t, rows, xq, xk, xg, decay, channels,
-        stride_qt, stride_qk, stride_kt, stride_kk, stride_gt, stride_gk, K, BK, C, NG, SPAN, SUFFIX_SCAN, DTYPE,
+        q, k, g, beta, dt_bias, a_head, scale, n_t, rows, xq, xk, xg, decay, channels,
+        stride_qt, stride_qk, stride_kt, stride_kk, stride_gt, stride_gk, stride_bt,
+        K, BK, C, NG, SPAN, SUFFIX_SCAN, DTYPE,
     )  # fmt: skip
     b_xg = tl.trans(b_xg)
     b_L = kda_dot(b_xk, b_xg, None, DTYPE, PRECISION, UPCAST)
@@ -141,28 +145,33 @@ def kda_intra_fwd(
     scale: float,
     t_begin: int,
     NT: int,
+    first: int,
     index: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
     tiles: tuple[torch.Tensor, ...],
     config: KdaIntraConfig,
     upcast: bool,
+    compile_only: bool = False,
 ) -> None:
     """
     Fill `tiles` = xq, xk, xg [NC, H, C, BK], decay [NC, H, BK], A, M [NC, H, C, C], channels [NC, H, BK], rows
-    [NC, H, 4, C] for NC chunks.
+    [NC, H, 4, C] from entry `first` on.
 
     Without `index` the chunks are those of tokens t_begin .. t_begin + NT C of every batch row, row by row; with
     `index` = (cu_seqlens, chunk_offsets, chunk_seq) they are the packed sequences' (see kda_triton_index).
+    compile_only: launch nothing (see `launch`).
     """
-    (_, T, H, K), (NC, _, C, BK) = q.shape, tiles[0].shape
+    (B, T, H, K), (C, BK) = q.shape, tiles[0].shape[2:]
+    NC = B * NT if index is None else index[-1].numel()
     bf16 = tiles[0].dtype == torch.bfloat16
     NS = C.bit_length() - 1
-    kda_intra_fwd_kernel[(NC, H)](
+    launch(
+        kda_intra_fwd_kernel, (NC, H), compile_only,
         q, k, g, beta, A_log, dt_bias,
         *tiles,
         *(index or (None, None, None)),
-        scale, T, NT, t_begin,
+        scale, T, NT, t_begin, first,
         *q.stride(), *k.stride(), *g.stride(), *beta.stride(),
-        H=H, K=K, BK=BK, BKW=config.BKW,
+        ALIGN=alignment(q, k, g), H=H, K=K, BK=BK, BKW=config.BKW,
         C=C, NG=config.NG, NS=NS,
         SPAN=SPAN, FLOOR=FLOOR, BASE=min(BASE, NS),
         DTYPE=tl.bfloat16 if bf16 else tl.float32, INVERSE_DTYPE=tl.float16 if bf16 else tl.float32,

@@ -56,12 +56,36 @@ def kda_conv(p_x, p_window, p_weight, i_t, stride_xt, m_d, W: tl.constexpr):
 
 
 @triton.jit
-def kda_shift_window(p_x, p_window, n_t, stride_xt, m_d, W: tl.constexpr):
-    """Window behind `n_t` > 0 tokens, in place: slot i takes what is n_t later, read before it is written."""
-    for i in tl.static_range(0, W - 1):
-        b_x = kda_tap(p_x, p_window, n_t - (W - 1) + i, stride_xt, m_d, W)
-        tl.debug_barrier()  # several lanes may hold a channel; one writes the slot that the others read
-        tl.store(p_window + i, b_x.to(p_window.dtype.element_ty), mask=m_d)
+def kda_token(
+    p_q, p_k, p_v, p_wq, p_wk, p_wv, p_weight_q, p_weight_k, p_weight_v, p_f, p_beta, p_gate,
+    i_t, stride_qt, stride_kt, stride_vt, stride_ft, stride_bt, stride_gt, m_k, m_v, W: tl.constexpr,
+):  # fmt: skip
+    """What token `i_t` brings: q, k, v behind their convolutions, and the logits f, beta, gate; fp32."""
+    return (
+        kda_conv(p_q, p_wq, p_weight_q, i_t, stride_qt, m_k, W),
+        kda_conv(p_k, p_wk, p_weight_k, i_t, stride_kt, m_k, W),
+        kda_conv(p_v, p_wv, p_weight_v, i_t, stride_vt, m_v, W),
+        tl.load(p_f + i_t * stride_ft, mask=m_k, other=0.0).to(tl.float32),
+        tl.load(p_beta + i_t * stride_bt).to(tl.float32),
+        tl.load(p_gate + i_t * stride_gt, mask=m_v, other=0.0).to(tl.float32),
+    )
+
+
+@triton.jit
+def kda_window_behind(p_x, p_window, n_t, stride_xt, m_d, W: tl.constexpr, BW: tl.constexpr):
+    """The window behind `n_t` > 0 tokens, [D, BW]: slot i takes what is n_t later, from the inputs or the window."""
+    i_x = (n_t - (W - 1) + tl.arange(0, BW))[None, :]
+    m_x = m_d[:, None] & (i_x < n_t)
+    b_new = tl.load(p_x[:, None] + i_x * stride_xt, mask=m_x & (i_x >= 0), other=0.0)
+    b_old = tl.load(p_window[:, None] + (W - 1 + i_x), mask=m_x & (i_x < 0), other=0.0)
+    return tl.where(i_x >= 0, b_new.to(b_old.dtype), b_old)
+
+
+@triton.jit
+def kda_store_window(p_window, b_window, m_d, W: tl.constexpr, BW: tl.constexpr):
+    """The counterpart of kda_window_behind."""
+    o_i = tl.arange(0, BW)[None, :]
+    tl.store(p_window[:, None] + o_i, b_window, mask=m_d[:, None] & (o_i < W - 1))
 
 
 @triton.jit
@@ -70,16 +94,22 @@ def kda_record(p_record, p_x, o_d, m_d):
     tl.store(p_record + o_d, tl.load(p_x, mask=m_d, other=0.0), mask=m_d)
 
 
-@triton.jit(do_not_specialize=["T"])
+# Strides between batch rows may depend on T: no version is compiled for a kind of them.
+@triton.jit(
+    do_not_specialize=[
+        "T", "stride_qb", "stride_kb", "stride_vb", "stride_fb", "stride_bb", "stride_gb",
+        "stride_wqb", "stride_wkb", "stride_wvb",
+    ]
+)  # fmt: skip
 def kda_step_fwd_kernel(
     q, k, v, f, beta, gate, o,
     weight_q, weight_k, weight_v, window_q, window_k, window_v,
     A_log, dt_bias, norm_weight, state, lengths,
     scale, eps, T,
-    stride_qb, stride_qt, stride_kb, stride_kt, stride_vb, stride_vt,
-    stride_fb, stride_ft, stride_bb, stride_bt, stride_gb, stride_gt,
-    stride_wqb, stride_wkb, stride_wvb,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
+    stride_qb: tl.int64, stride_qt, stride_kb: tl.int64, stride_kt, stride_vb: tl.int64, stride_vt,
+    stride_fb: tl.int64, stride_ft, stride_bb: tl.int64, stride_bt, stride_gb: tl.int64, stride_gt,
+    stride_wqb: tl.int64, stride_wkb: tl.int64, stride_wvb: tl.int64,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, BW: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_TABLE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -99,8 +129,8 @@ def kda_step_fwd_kernel(
         state = tl.multiple_of(tl.load(state).to(tl.pointer_type(tl.float32)), 16)
     # What no launch of the same step writes is loaded ahead (PDL, see decode_linear).
     p_s = state + (i_b * H + i_h) * (K * V) + o_k[:, None] * V + o_v[None, :]
-    b_s = tl.load(p_s, mask=m_k[:, None] & m_v[None, :], other=0.0)
     if PDL:
+        b_s = tl.load(p_s, mask=m_k[:, None] & m_v[None, :], other=0.0)
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     n_t = T
@@ -133,13 +163,19 @@ def kda_step_fwd_kernel(
             tl.store(p_record + H * (3 * K + V) + i_h, tl.load(beta + i_t * stride_bt))
             p_record += H * (3 * K + V) + H
 
+    b_q, b_k, b_v, b_f, b_beta, b_gate = kda_token(
+        p_q, p_k, p_v, p_wq, p_wk, p_wv, weight_q + o_dk * W, weight_k + o_dk * W, weight_v + o_dv * W,
+        f + o_dk, beta, gate + o_dv, 0,
+        stride_qt, stride_kt, stride_vt, stride_ft, stride_bt, stride_gt, m_k, m_v, W,
+    )  # fmt: skip
+    if not PDL:
+        # Behind the loads of the first token, whose convolutions then run while the state is on its way.
+        b_s = tl.load(p_s, mask=m_k[:, None] & m_v[None, :], other=0.0)
+    b_wq = kda_window_behind(p_q, p_wq, n_t, stride_qt, m_k, W, BW)
+    b_wk = kda_window_behind(p_k, p_wk, n_t, stride_kt, m_k, W, BW)
+    b_wv = kda_window_behind(p_v, p_wv, n_t, stride_vt, m_v, W, BW)
     for i_t in range(0, n_t):
-        b_q = kda_conv(p_q, p_wq, weight_q + o_dk * W, i_t, stride_qt, m_k, W)
-        b_k = kda_conv(p_k, p_wk, weight_k + o_dk * W, i_t, stride_kt, m_k, W)
-        b_v = kda_conv(p_v, p_wv, weight_v + o_dv * W, i_t, stride_vt, m_v, W)
-        b_f = tl.load(f + i_t * stride_ft + o_dk, mask=m_k, other=0.0).to(tl.float32)
-        b_gate = tl.load(gate + i_t * stride_gt + o_dv, mask=m_v, other=0.0).to(tl.float32)
-        b_beta = kda_sigmoid(tl.load(beta + i_t * stride_bt).to(tl.float32))
+        b_beta = kda_sigmoid(b_beta)
         b_q *= tl.rsqrt(tl.sum(b_q * b_q, axis=0) + 1e-6) * scale
         b_k *= tl.rsqrt(tl.sum(b_k * b_k, axis=0) + 1e-6)
         b_qk = tl.sum(b_q * b_k, axis=0)
@@ -149,14 +185,22 @@ def kda_step_fwd_kernel(
         b_u = b_beta * (b_v - tl.sum(b_s * b_k[:, None], axis=0))
         b_o = tl.sum(b_s * b_q[:, None], axis=0) + b_qk * b_u
         b_s += b_k[:, None] * b_u[None, :]
+        if i_t + 1 == n_t:  # on its way while the output is summed up
+            tl.store(p_s, b_s, mask=m_k[:, None] & m_v[None, :])
         b_o *= tl.rsqrt(tl.sum(b_o * b_o, axis=0) / V + eps)
         b_o *= b_norm * kda_sigmoid(b_gate)
         tl.store(o + i_t * (H * V) + o_v, b_o.to(o.dtype.element_ty), mask=m_v)
+        if i_t + 1 < n_t:
+            b_q, b_k, b_v, b_f, b_beta, b_gate = kda_token(
+                p_q, p_k, p_v, p_wq, p_wk, p_wv, weight_q + o_dk * W, weight_k + o_dk * W, weight_v + o_dv * W,
+                f + o_dk, beta, gate + o_dv, i_t + 1,
+                stride_qt, stride_kt, stride_vt, stride_ft, stride_bt, stride_gt, m_k, m_v, W,
+            )  # fmt: skip
 
-    tl.store(p_s, b_s, mask=m_k[:, None] & m_v[None, :])
-    kda_shift_window(p_q, p_wq, n_t, stride_qt, m_k, W)
-    kda_shift_window(p_k, p_wk, n_t, stride_kt, m_k, W)
-    kda_shift_window(p_v, p_wv, n_t, stride_vt, m_v, W)
+    tl.debug_barrier()  # all read before any is written: other threads may read what this one writes
+    kda_store_window(p_wq, b_wq, m_k, W, BW)
+    kda_store_window(p_wk, b_wk, m_k, W, BW)
+    kda_store_window(p_wv, b_wv, m_v, W, BW)
 
 
 def kda_step_fwd(
@@ -196,7 +240,7 @@ def kda_step_fwd(
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         *f.stride()[:2], *beta.stride()[:2], *gate.stride()[:2],
         *strides,
-        H=H, K=K, V=V, W=W,
+        H=H, K=K, V=V, W=W, BW=1 << max(0, W - 2).bit_length(),
         BK=config.BK, BV=config.BV, HAS_LENGTHS=lengths is not None, HAS_TABLE=windows is None,
         PDL=pdl, **launch_options(config), **overlap_options(pdl),
     )  # fmt: skip

@@ -51,6 +51,16 @@ def compiling(kernels, target, monkeypatch):
         kernel.device_caches.clear()
 
 
+def assembler_messages(kernel, arch):
+    """What ptxas says about a kernel compiled for `arch`, such as "sm_90a"."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas-blackwell"  # the newer of Triton's two
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(kernel.asm["ptx"])
+        file.flush()
+        command = [str(tool), "-v", f"-arch={arch}", file.name, "-o", "/dev/null"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
 def resources(kernel, backend):
     """Registers, bytes (cuda) or registers (hip) spilled."""
     if backend == "hip":

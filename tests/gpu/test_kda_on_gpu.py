@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from kimi_linear.kernels import kda_triton
 from kimi_linear.kernels.kda_reference import recurrent_kda_reference
 from kimi_linear.kernels.kda_triton import chunk_kda
+from kimi_linear.kernels.kda_triton_inter import kda_inter_fwd_kernel
 from kimi_linear.kernels.kda_triton_intra import kda_intra_fwd_kernel
 
 DEVICE = "cuda"
@@ -68,11 +70,33 @@ def test_reruns_are_identical():
 
 
 def test_lengths_share_compiled_kernels():
+    def versions():
+        kernels = (kda_intra_fwd_kernel, kda_inter_fwd_kernel)
+        return [len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values()]
+
     chunk_kda(**inputs(1, 100))
-    compiled = [len(cache[0]) for cache in kda_intra_fwd_kernel.device_caches.values()]
-    for B, T in ((1, 101), (2, 333), (3, 4096)):
+    compiled = versions()
+    for B, T in ((1, 101), (2, 333), (3, 4096), (1, 9000)):
         chunk_kda(**inputs(B, T))
-    assert [len(cache[0]) for cache in kda_intra_fwd_kernel.device_caches.values()] == compiled
+    assert versions() == compiled
+
+
+@pytest.mark.parametrize(("B", "T"), [(1, 8192), (1, 45000), (3, 3001)])
+def test_side_by_side_equals_in_turn(B, T, monkeypatch):
+    """Two segments, more segments than are held at once, several rows: the same bits, also from a graph."""
+    x = inputs(B, T, wild=0.01) | {"initial_state": torch.randn(B, 2, 128, 128, device=DEVICE)}
+    beside = chunk_kda(**x, output_final_state=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chunk_kda(**x, output_final_state=True)
+    graph.replay()
+    asked = []
+    monkeypatch.setattr(kda_triton, "runs_beside", lambda *args: asked.append(args))
+    in_turn = chunk_kda(**x, output_final_state=True)
+    assert len(asked) == 1
+    for a, b, c in zip(beside, captured, in_turn):
+        assert torch.equal(a, c)
+        assert torch.equal(b, c)
 
 
 def test_capture():

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from offline_compile import SHARED_LIMIT, TARGETS, compiling, resources
+from offline_compile import SHARED_LIMIT, TARGETS, assembler_messages, compiling, resources
 
 from kimi_linear.kernels import kda_triton, kda_triton_index, kda_triton_inter, kda_triton_intra
 from kimi_linear.kernels import kda_triton_step as step_module
@@ -27,9 +27,9 @@ KERNELS = [
 ]  # fmt: skip
 
 
-def launch_all(gpu, K, V, dtype, packed):
+def launch_all(gpu, K, V, dtype, packed, B=1, T=128):
     """One launch of every kernel, as the ops launch them on class `gpu`."""
-    B, T, H, W, name = 1, 128, 2, 4, str(dtype).removeprefix("torch.")
+    H, W, name = 2, 4, str(dtype).removeprefix("torch.")
     q, k, g = (torch.empty(B, T, H, K, dtype=dtype) for _ in range(3))
     v, beta = torch.empty(B, T, H, V, dtype=dtype), torch.empty(B, T, H, dtype=dtype)
     A_log, dt_bias, state = torch.empty(H), torch.empty(H * K), torch.empty(B, H, K, V)
@@ -38,15 +38,16 @@ def launch_all(gpu, K, V, dtype, packed):
     if packed:
         cu_seqlens = torch.zeros(2, dtype=torch.int32)
         index = (cu_seqlens, *kda_triton_index.kda_index_fwd(cu_seqlens, T, intra.C))
-    tiles = kda_triton._tiles(q, T // intra.C, intra.C)
-    kda_triton_intra.kda_intra_fwd(q, k, g, beta, A_log, dt_bias, 0.1, 0, 2, index, tiles, intra, False)
+    NT = -(-T // intra.C)
+    tiles = kda_triton._tiles(q, B * NT, intra.C)
+    kda_triton_intra.kda_intra_fwd(q, k, g, beta, A_log, dt_bias, 0.1, 0, NT, 0, index, tiles, intra, False)
     inter = inter_config(gpu, K, V, name)
-    for initial in (None, state) if K == 128 else (state,):
-        kda_triton_inter.kda_inter_fwd(v, torch.empty_like(v), initial, state, 0, 2, index, tiles, inter, False)
+    for initial in (None, state):
+        kda_triton_inter.kda_inter_fwd(v, torch.empty_like(v), initial, state, 0, NT, 0, index, tiles, inter, False)
     sizes = (H * K, H * K, H * V)
-    xq, xk, xv = (torch.empty(B, 1, n, dtype=dtype) for n in sizes)
+    xq, xk, xv = (torch.empty(B, T, n, dtype=dtype) for n in sizes)
     step_module.kda_step_fwd(
-        xq, xk, xv, xq, torch.empty(B, 1, H, dtype=dtype), xv, torch.empty(B, 1, H, V, dtype=dtype),
+        xq, xk, xv, xq, torch.empty(B, T, H, dtype=dtype), xv, torch.empty(B, T, H, V, dtype=dtype),
         tuple(torch.empty(n, W, dtype=dtype) for n in sizes), tuple(torch.empty(B, n, W - 1, dtype=dtype) for n in
         sizes), A_log, dt_bias, torch.empty(V, dtype=dtype), state, None, 0.1, 1e-5, step_config(K, V),
     )  # fmt: skip
@@ -78,3 +79,23 @@ def test_compiles_and_fits(gpu, K, V, dtype, packed, monkeypatch):
         # Desktop GPUs (sm_86, sm_89, sm_120) take the sm_80 choices and have 99 KiB.
         limit = 99 << 10 if gpu == "sm_80" and dtype == torch.bfloat16 else SHARED_LIMIT[gpu]
         assert shared <= limit, (name, shared)
+
+
+def test_hopper_products_overlap(monkeypatch):
+    """ptxas puts a wait behind every tensor-core instruction of a kernel that it can't see through, and says so."""
+    with compiling(KERNELS, TARGETS["sm_90"], monkeypatch) as compiled:
+        launch_all("sm_90", 128, 128, torch.bfloat16, False)
+    kernel = dict(compiled)["kda_inter_fwd_kernel"]
+    assert "wgmma" in kernel.asm["ptx"]
+    messages = assembler_messages(kernel, "sm_90a")
+    assert "Used" in messages and "serialized" not in messages, messages
+
+
+@pytest.mark.parametrize(("K", "V"), [(128, 128), (20, 40)])
+def test_lengths_and_batches_share_compiled_kernels(K, V, monkeypatch):
+    """Lengths and batches that are multiples of 16, odd or 1, with a state or none: one version of each kernel."""
+    with compiling(KERNELS, TARGETS["sm_90"], monkeypatch) as compiled:
+        for B, T in ((1, 1), (1, 101), (2, 333), (3, 4096)):
+            launch_all("sm_90", K, V, torch.bfloat16, False, B, T)
+    names = {kernel.hash: name for name, kernel in compiled}.values()
+    assert sorted(names) == sorted(kernel.__name__ for kernel in KERNELS[1:])

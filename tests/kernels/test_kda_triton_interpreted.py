@@ -135,10 +135,11 @@ def test_padding_changes_nothing():
     assert relative(state, state_short.double()) < 1e-6
 
 
-def test_segments_change_nothing(monkeypatch):
+@pytest.mark.parametrize("slots", [1, 2])
+def test_segments_change_nothing(slots, monkeypatch):
     x = make(2, 150, 1, 16, 16, "mixed")
     whole = chunk_kda(**x, output_final_state=True)
-    monkeypatch.setattr("kimi_linear.kernels.kda_triton._SEGMENT_TOKENS", 128)
+    monkeypatch.setattr("kimi_linear.kernels.kda_triton.segments", lambda B, T, C, beside: (2 * C, slots))
     parts = chunk_kda(**x, output_final_state=True)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts))
 
