@@ -8,20 +8,18 @@ call of a process with an empty compile cache is timed too. Results go to a JSON
 """
 
 import argparse
-import datetime
-import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import triton
 from triton.testing import do_bench
 
+from benchmarks.record import default_path, write
 from kimi_linear.kernels import kda_triton, kda_triton_configs
 from kimi_linear.kernels.kda_triton import chunk_kda, kda_step
 
@@ -129,8 +127,7 @@ def ragged(T: int, N: int) -> torch.Tensor:
     return torch.cat([torch.zeros(1), cuts, torch.full((1,), T)]).int().cuda()
 
 
-def forward_rows(peers: bool, errors: bool, only: str) -> list[dict]:
-    rows = []
+def forward_rows(peers: bool, errors: bool, only: str) -> Iterator[dict]:
     for regime in REGIMES:
         for B, T, H, N, goal in FORWARD:
             case = f"{B}x{T}x{H}" + (f" packed {N}" if N else "")
@@ -160,9 +157,7 @@ def forward_rows(peers: bool, errors: bool, only: str) -> list[dict]:
                 if peers:
                     o, state = run_fla(fla, cu)
                     row["fla_error"] = [error(o, exact), error(state, exact_state) if not N else None]
-            rows.append(row)
-            print(row, flush=True)
-    return rows
+            yield row
 
 
 def step_inputs(B: int, H: int = 32, K: int = 128, V: int = 128) -> dict:
@@ -194,21 +189,18 @@ def graph_ms(launches: list, rep: int = 60) -> list[float]:
     return [round(x / len(launches), 5) for x in do_bench(graph.replay, warmup=15, rep=rep, quantiles=[0.5, 0.2, 0.8])]
 
 
-def step_rows() -> list[dict]:
+def step_rows() -> Iterator[dict]:
     """
     One token of the layer, projections to gated norm, under a CUDA graph over the states of 20 layers (4 from batch
     64).
     """
-    rows = []
     for B, goal in STEP:
         layers = [step_inputs(B) for _ in range(20 if B < 64 else 4)]
         row = {"batch": B, "goal_ms": goal, "ms": graph_ms([lambda x=x: kda_step(**x) for x in layers])}
         size = 2 * layers[0]["state"].numel() * 4
         row["GB/s"] = round(size / row["ms"][0] / 1e6)
         row["of_floor"] = round(size / COPY_BANDWIDTH * 1e3 / row["ms"][0], 3)
-        rows.append(row)
-        print(row, flush=True)
-    return rows
+        yield row
 
 
 def tune() -> dict:
@@ -275,27 +267,24 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="time the candidate configurations first and use the best")
     parser.add_argument("--only", default="", help="only the forward cases whose name contains this, such as 1x8192x32")
     parser.add_argument("--small", action="store_true", help="only launch small cases (for compute-sanitizer)")
-    parser.add_argument("--json", default="benchmarks/results/kda.json")
+    parser.add_argument("--out", type=Path, help="the record (default: benchmarks/results/, with device and date)")
     args = parser.parse_args()
     if args.small:
         small()
         return
-    result = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "python": platform.python_version(), "copy_bandwidth": COPY_BANDWIDTH,
-    }  # fmt: skip
+    out, peers = args.out or default_path("kda"), fla_chunk_kda is not None and not args.no_peers
+    found = {"copy_bandwidth": COPY_BANDWIDTH, "cold_start_s": {}, "step": [], "forward": []}
     if args.tune:
-        result["tune"] = tune()
-    result["cold_start_s"] = cold_start(in_model=False)
-    result["cold_start_in_model_s"] = cold_start(in_model=True)
-    print("first call, compiled from nothing:", result["cold_start_s"], "s in a new process,",
-          result["cold_start_in_model_s"], "s in the model's", flush=True)  # fmt: skip
-    result["step"] = step_rows()
-    peers = fla_chunk_kda is not None and not args.no_peers
-    result["forward"] = forward_rows(peers, not args.no_errors, args.only)
-    Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+        found["tune"] = tune()
+    for where, in_model in (("new process", False), ("the model's process", True)):
+        found["cold_start_s"][where] = cold_start(in_model)
+        print(f"first call in {where}, compiled from nothing: {found['cold_start_s'][where]} s", flush=True)
+    rows = {"step": step_rows(), "forward": forward_rows(peers, not args.no_errors, args.only)}
+    for part in rows:
+        for row in rows[part]:
+            print(row, flush=True)
+            found[part].append(row)
+            write(out, "kda", **found)  # at once: what comes next may fail
 
 
 if __name__ == "__main__":

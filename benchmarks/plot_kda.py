@@ -1,11 +1,11 @@
 """
 Bars of the KDA forward from records of `python -m benchmarks.kda`:
 
-    python -m benchmarks.plot_kda OUT.svg LABEL=RECORD.json [LABEL=RECORD.json ...]
+    python -m benchmarks.plot_kda OUT.svg LABEL=RECORD.json[:KEY] [LABEL=RECORD.json[:KEY] ...]
 
 One bar a record and case (milliseconds as a share of the first record's, so that short and long cases share an axis),
 the goal as a line across, one panel a gate regime. Records name the case, the regime, "ms" and "goal_ms"; a case that a
-record lacks has no bar.
+record lacks has no bar. KEY is the column of the record, "ms" if not given; "fla_ms" is fla's.
 """
 
 import json
@@ -17,10 +17,11 @@ import matplotlib.pyplot as plt
 from benchmarks.figures import COLOURS, save
 
 
-def read(path: Path) -> dict[tuple[str, str], tuple[float, float | None]]:
-    """(case, regime) -> (median ms, goal in ms) of a record."""
-    rows = json.loads(path.read_text())["forward"]
-    return {(row["case"], row["regime"]): (row["ms"][0], row["goal_ms"]) for row in rows}
+def read(record: str) -> dict[tuple[str, str], tuple[float, float | None]]:
+    """(case, regime) -> (median ms, goal in ms) of a RECORD.json[:KEY]."""
+    path, _, key = record.partition(":")
+    rows = json.loads(Path(path).read_text())["forward"]
+    return {(row["case"], row["regime"]): (row[key or "ms"][0], row["goal_ms"]) for row in rows if (key or "ms") in row}
 
 
 def draw(records: dict[str, dict], out: Path) -> None:
@@ -55,7 +56,7 @@ def main() -> None:
     if len(sys.argv) < 3 or any("=" not in argument for argument in sys.argv[2:]):
         raise SystemExit(__doc__)
     named = (argument.split("=", 1) for argument in sys.argv[2:])
-    draw({label: read(Path(path)) for label, path in named}, Path(sys.argv[1]))
+    draw({label: read(record) for label, record in named}, Path(sys.argv[1]))
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ backward yet: differentiating through them raises.
 """
 
 import re
-from contextlib import nullcontext
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .device_guard import launching_on
 from .kda_checks import check_cu_seqlens, check_kda_inputs
 from .kda_triton_configs import gpu_class, inter_config, intra_config, padded, step_config
 from .kda_triton_index import kda_index_fwd
@@ -65,10 +65,6 @@ def is_first_choice(device: torch.device) -> bool:
 def _interpreted() -> bool:
     """Whether the kernels run in Triton's interpreter (TRITON_INTERPRET=1), which takes CPU tensors."""
     return not isinstance(kda_intra_fwd_kernel, triton.JITFunction)
-
-
-def _on(device: torch.device):
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @lru_cache(maxsize=16)
@@ -114,7 +110,7 @@ def _chunk_kda_fwd(
         stages = partial(first_stage, *segment), partial(second_stage, initial_state, *segment)
         compile_side_by_side(kind, device, *(partial(stage, compile_only=True) for stage in stages))
 
-    with _on(device):
+    with launching_on(device):
         if cu_seqlens is not None:
             # Tokens outside every sequence (before the first, behind the last) have output 0.
             o.zero_()
@@ -129,17 +125,17 @@ def _chunk_kda_fwd(
         length, slots = segments(B, T, C, beside)
         tiles = _tiles(q, min(slots, -(-T // length)) * B * -(-min(length, T) // C), C)
         compile_for(0, 0, 0, None, tiles)
-        lanes, state_in = Lanes(device, beside, slots), initial_state
-        for i, t_begin in enumerate(range(0, max(T, 1), length)):
-            NT, slot = -(-min(length, T - t_begin) // C), i % slots
-            segment = (t_begin, NT, slot * B * (length // C), None, tiles)
-            if NT > 0:
-                lanes.wait_for(slot)
-                first_stage(*segment)
-            with lanes.second(slot):
-                second_stage(state_in, *segment)
-            state_in = state
-        lanes.join()
+        state_in = initial_state
+        with Lanes(device, beside, slots) as lanes:
+            for i, t_begin in enumerate(range(0, max(T, 1), length)):
+                NT, slot = -(-min(length, T - t_begin) // C), i % slots
+                segment = (t_begin, NT, slot * B * (length // C), None, tiles)
+                if NT > 0:
+                    lanes.wait_for(slot)
+                    first_stage(*segment)
+                with lanes.second(slot):
+                    second_stage(state_in, *segment)
+                state_in = state
     return o, state
 
 
@@ -261,7 +257,7 @@ def _kda_step_fwd(
     o = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
     if B * T * H > 0:
         weights, windows = (weight_q, weight_k, weight_v), (window_q, window_k, window_v)
-        with _on(q.device):
+        with launching_on(q.device):
             kda_step_fwd(q, k, v, f, beta, gate, o, weights, windows, A_log, dt_bias, norm_weight, state, lengths,
                          scale, eps, step_config(K, V))  # fmt: skip
     return o

@@ -10,8 +10,11 @@ import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import torch
+
+from .device_guard import run_in_threads
 
 # Tokens (times batch) whose stage-1 tiles are held at once; longer inputs go segment by segment through the same
 # memory.
@@ -80,8 +83,11 @@ class Lanes:
             yield
         self._free[slot] = self._side.record_event()
 
-    def join(self) -> None:
-        """Let the caller's stream wait for everything."""
+    def __enter__(self) -> "Lanes":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Let the caller's stream wait for everything, also behind an exception: the tensors may go then."""
         if self._side is not None:
             self._main.wait_stream(self._side)
 
@@ -95,24 +101,7 @@ def compile_side_by_side(kind: Hashable, device: torch.device, *compiles: Callab
     """
     if kind in _COMPILED or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return
-
-    errors: list[Exception] = []
-
-    def run(compile_one: Callable[[], None]) -> None:
-        try:
-            with torch.cuda.device(device):
-                compile_one()
-        except Exception as error:
-            errors.append(error)
-
     with _COMPILING:
-        if kind in _COMPILED:
-            return
-        threads = [threading.Thread(target=run, args=(one,)) for one in compiles]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if errors:
-            raise errors[0]
-        _COMPILED.add(kind)
+        if kind not in _COMPILED:
+            run_in_threads(device, *compiles)
+            _COMPILED.add(kind)

@@ -153,16 +153,6 @@ def kda_step_fwd_kernel(
     b_bias = tl.load(dt_bias + o_dk, mask=m_k, other=0.0).to(tl.float32)
     b_norm = tl.load(norm_weight + o_v, mask=m_v, other=0.0).to(tl.float32)
 
-    if record != 0:
-        p_record = record.to(tl.pointer_type(q.dtype.element_ty)) + i_b * record_stride
-        for i_t in range(0, n_t):
-            kda_record(p_record, p_q + i_t * stride_qt, o_dk, m_k)
-            kda_record(p_record + H * K, p_k + i_t * stride_kt, o_dk, m_k)
-            kda_record(p_record + 2 * H * K, p_v + i_t * stride_vt, o_dv, m_v)
-            kda_record(p_record + H * (2 * K + V), f + i_t * stride_ft + o_dk, o_dk, m_k)
-            tl.store(p_record + H * (3 * K + V) + i_h, tl.load(beta + i_t * stride_bt))
-            p_record += H * (3 * K + V) + H
-
     b_q, b_k, b_v, b_f, b_beta, b_gate = kda_token(
         p_q, p_k, p_v, p_wq, p_wk, p_wv, weight_q + o_dk * W, weight_k + o_dk * W, weight_v + o_dv * W,
         f + o_dk, beta, gate + o_dv, 0,
@@ -196,6 +186,16 @@ def kda_step_fwd_kernel(
                 f + o_dk, beta, gate + o_dv, i_t + 1,
                 stride_qt, stride_kt, stride_vt, stride_ft, stride_bt, stride_gt, m_k, m_v, W,
             )  # fmt: skip
+
+    if record != 0:  # behind the output: its loads are in the L1 by now
+        p_record = record.to(tl.pointer_type(q.dtype.element_ty)) + i_b * record_stride
+        for i_t in range(0, n_t):
+            kda_record(p_record, p_q + i_t * stride_qt, o_dk, m_k)
+            kda_record(p_record + H * K, p_k + i_t * stride_kt, o_dk, m_k)
+            kda_record(p_record + 2 * H * K, p_v + i_t * stride_vt, o_dv, m_v)
+            kda_record(p_record + H * (2 * K + V), f + i_t * stride_ft + o_dk, o_dk, m_k)
+            tl.store(p_record + H * (3 * K + V) + i_h, tl.load(beta + i_t * stride_bt))
+            p_record += H * (3 * K + V) + H
 
     tl.debug_barrier()  # all read before any is written: other threads may read what this one writes
     kda_store_window(p_wq, b_wq, m_k, W, BW)

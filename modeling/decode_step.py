@@ -40,6 +40,7 @@ from ..kernels.decode_grouped_experts import decode_grouped_experts
 from ..kernels.decode_latent import decode_latent_attention
 from ..kernels.decode_linear import decode_gate, decode_linear, decode_norm
 from ..kernels.decode_routing import decode_group, decode_route, most_blocks
+from ..kernels.device_guard import run_in_threads
 from ..kernels.kda_triton_configs import gpu_class, step_config
 from ..kernels.kda_triton_step import kda_step_fwd
 from .cache_kimi_linear import KDACacheLayer, KimiLinearCache
@@ -143,7 +144,7 @@ class DecodeStep:
             entry = (state.data_ptr(), window.data_ptr(), 0, 0) if kda else (rows.data_ptr(), rows.stride(0), 0, 0)
             self.table[i].copy_(torch.tensor(entry))
         with torch.cuda.device(self.device):
-            self._compile()
+            run_in_threads(self.device, *self._kinds_of_launches())  # in turn they take seven seconds and more
             self._launch()
             self.past.zero_()
             torch.cuda.synchronize()
@@ -153,27 +154,11 @@ class DecodeStep:
                 self._launch()
             self._done = torch.cuda.Event()
 
-    def _compile(self) -> None:
-        """Compile the kernels of each kind of layer side by side: in turn they take seven seconds and more."""
-        errors: list[Exception] = []
-
-        def launch(part: Any) -> None:
-            try:
-                with torch.cuda.device(self.device):
-                    part()
-            except Exception as error:
-                errors.append(error)
-
-        threads = [threading.Thread(target=launch, args=(part,)) for part in self._kinds_of_launches()]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if errors:
-            raise errors[0]
-
     def _kinds_of_launches(self) -> list[Callable[[], None]]:
-        """Calls that between them launch every kernel of the step, in parts that share as little as they can."""
+        """Calls that between them launch every kernel of the step, in parts that share as little as they can.
+
+        Each is compiled at its first launch.
+        """
         layers = self._model().model.layers
         mixers = {layer.is_kda: i for i, layer in enumerate(layers)}
         mlps = {layer.is_moe: layer for layer in layers}

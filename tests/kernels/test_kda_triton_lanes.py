@@ -45,13 +45,12 @@ def test_a_slot_is_written_when_it_was_read(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(lanes, "_side_stream", lambda device, stream: side)
-    order = lanes.Lanes(GPU, True, 2)
-    for i in range(4):
-        order.wait_for(i % 2)
-        told.append(f"stage 1 of segment {i}")
-        with order.second(i % 2):
-            told.append(f"stage 2 of segment {i}")
-    order.join()
+    with lanes.Lanes(GPU, True, 2) as order:
+        for i in range(4):
+            order.wait_for(i % 2)
+            told.append(f"stage 1 of segment {i}")
+            with order.second(i % 2):
+                told.append(f"stage 2 of segment {i}")
     expected = []
     for i in range(4):
         expected += [f"main waits for stage 2 of segment {i - 2}"] if i >= 2 else []
