@@ -64,7 +64,9 @@ def custom_ops():
                     yield path.name, node.name, "\n".join([*decorators, ast.unparse(node)])
 
 
-@pytest.mark.parametrize(("file", "name", "source"), list(custom_ops()), ids=lambda part: part if len(part) < 60 else "")
+@pytest.mark.parametrize(
+    ("file", "name", "source"), list(custom_ops()), ids=lambda part: part if len(part) < 60 else ""
+)
 def test_every_custom_operator_is_guarded(file, name, source):
     assert "launches_beside_first_argument" in source or "with launching_on(" in source
 
