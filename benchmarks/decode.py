@@ -84,7 +84,8 @@ def generate_ms(model: Any, cache: Any, batch: int, new_tokens: tuple[int, int] 
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
         if text.shape[1] != ids.shape[1] + count:
-            raise SystemExit(f"an end token after {text.shape[1] - ids.shape[1]} of {count} tokens: draw other weights")
+            found = text.shape[1] - ids.shape[1]
+            raise SystemExit(f"the end token came after {found} of {count} tokens: choose another in WAYS")
     return (seconds[2] - seconds[1]) / (new_tokens[1] - new_tokens[0]) * 1e3
 
 
