@@ -300,7 +300,11 @@ def decode_linear(
 
 
 def decode_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, y: torch.Tensor, pdl: bool = False) -> None:
-    """y = RMSNorm of x, both [N, D] contiguous, D at most 16384; pdl as in `decode_linear`."""
+    """
+    y = RMSNorm of x, both [N, D] contiguous, D at most 16384; pdl as in `decode_linear`.
+
+    That is what fused_norms_triton does for prompts; here it is one more launch that the step starts ahead.
+    """
     N, D = x.shape
     decode_norm_kernel[(N,)](x, weight, y, eps, D=D, BD=padded(D), PDL=pdl, num_warps=4, **overlap_options(pdl))
 
@@ -314,4 +318,4 @@ def decode_gate(x: torch.Tensor, pdl: bool = False) -> None:
     )
 
 
-__all__ = ["MAX_WEIGHTS", "decode_gemv_kernel", "decode_linear", "decode_skinny_kernel"]
+__all__ = ["MAX_WEIGHTS", "decode_gate", "decode_gemv_kernel", "decode_linear", "decode_norm", "decode_skinny_kernel"]
