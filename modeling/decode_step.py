@@ -44,6 +44,7 @@ from ..kernels.device_guard import run_in_threads
 from ..kernels.kda_triton_configs import gpu_class, step_config
 from ..kernels.kda_triton_step import kda_step_fwd
 from .cache_kimi_linear import KDACacheLayer, KimiLinearCache
+from .step_inputs import StepInputs
 
 # Most tokens (batch times new tokens) of a step: what the skinny products hold at once.
 MAX_STEP_TOKENS = 64
@@ -72,7 +73,9 @@ class DecodeStep:
             capability = torch.cuda.get_device_capability(weight.device)
             self._gpu = gpu_class(capability, torch.version.hip is not None)
         self._pdl = weight.device.type == "cuda" and self._gpu in ("sm_90", "sm_100")
+        self.inputs = StepInputs(self.config, batch, self.dtype, self.device)
         self._allocate()
+        self._streams: set[int] = set()
         self._lock = threading.Lock()
         self._held: tuple[int, ...] | None = None  # what the table holds
         self._past_on_device = -1
@@ -123,6 +126,15 @@ class DecodeStep:
                 empty(blocks, dtype=torch.int32),
                 empty(1, dtype=torch.int32),
             )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers that pass between launches."""
+        return sum(x.nbytes for x in self._buffers())
+
+    def _buffers(self) -> list[torch.Tensor]:
+        held = [*vars(self).values(), *getattr(self, "groups", ())]
+        return [x for x in held if isinstance(x, torch.Tensor)]
 
     def _latent_config(self) -> LatentConfig:
         config = self.config
@@ -178,7 +190,7 @@ class DecodeStep:
         """
         with self._lock:
             self.prepare(cache, input_ids, mask)
-            logits = self.run().clone()
+            logits = self.run()
             self.commit(cache)
             return logits
 
@@ -193,8 +205,15 @@ class DecodeStep:
 
         `active` is a bool scalar on the device: where it turns out False, `run` leaves the cache as it is, `commit`
         must not follow, and the logits mean nothing.
+
+        Raises:
+            ValueError: for a cache or mask whose memory the step would misread; nothing is changed then.
         """
         past = cache.get_seq_length()
+        misfit = self.inputs.misfit(cache)
+        if misfit is not None:
+            raise ValueError(misfit)
+        self.inputs.check_mask(mask, past + self.tokens)
         entries: list[int] = []
         for layer in cache.layers:
             if isinstance(layer, KDACacheLayer):
@@ -231,15 +250,23 @@ class DecodeStep:
         recording.allocate(layer.window, self.batch, heads * (4 * K + 1))
         return recording.inputs[:, recording.length].data_ptr(), recording.inputs.stride(0)
 
-    def run(self) -> torch.Tensor:
-        """Logits [batch, tokens, vocab_size] behind `prepare`; they are overwritten by the next run."""
+    def run(self, copy: Callable[[torch.Tensor], torch.Tensor] = torch.clone) -> torch.Tensor:
+        """`copy` of the logits [batch, tokens, vocab_size] after `prepare`; the next run overwrites the original."""
         self._past_on_device = -1  # until `commit`: an interruption leaves it unknown
+        logits = self.logits.view(self.batch, self.tokens, -1)
         if self._graph is None:
             self._launch()
-        else:
+            return copy(logits)
+        stream = torch.cuda.current_stream(self.device)
+        if stream.cuda_stream not in self._streams:  # else the memory of a step that is dropped could be given away
+            for buffer in self._buffers():
+                buffer.record_stream(stream)
+            self._streams.add(stream.cuda_stream)
+        try:
             self._graph.replay()
-            self._done.record(torch.cuda.current_stream(self.device))
-        return self.logits.view(self.batch, self.tokens, -1)
+            return copy(logits)
+        finally:
+            self._done.record(stream)  # after the copy: a run in another stream waits for it too
 
     def commit(self, cache: KimiLinearCache) -> None:
         """Let `cache` count the tokens of the last `run`."""

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from .masks_kimi_linear import make_masks
 from .mla_attention import KimiMLAAttention
 from .moe_kimi_linear import KimiExperts, KimiMLP, KimiSparseMoeBlock, KimiTopkRouter
 from .norms_kimi_linear import KimiRMSNorm
+from .plain_modules import Noticing, reads_weights
 from .prompt_segments import forward_in_segments, takes_segments
 from .sequence_layout import PaddingLayout, cu_seqlens_of_restarts, position_ids_of_packed
 from .weight_conversion import conversions_for_loading, damaged_file_error, released_layout_conversions
@@ -42,7 +44,8 @@ from .weight_conversion import conversions_for_loading, damaged_file_error, rele
 logger = logging.get_logger(__name__)
 
 
-class KimiDecoderLayer(GradientCheckpointingLayer):
+@reads_weights
+class KimiDecoderLayer(Noticing, GradientCheckpointingLayer):
     """Pre-norm block: KDA or MLA, then the dense MLP (`mlp`) or the mixture of experts (`block_sparse_moe`)."""
 
     def __init__(self, config: KimiLinearConfig, layer_idx: int) -> None:
@@ -91,7 +94,7 @@ class KimiDecoderLayer(GradientCheckpointingLayer):
         return residual + hidden_states
 
 
-class KimiLinearPreTrainedModel(PreTrainedModel):
+class KimiLinearPreTrainedModel(Noticing, PreTrainedModel):
     """Weight initialisation, loading from the released layout, and what transformers asks about the architecture."""
 
     config: KimiLinearConfig
@@ -166,6 +169,7 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
                 module.update_correction_bias(rate)
 
 
+@reads_weights
 class KimiLinearModel(KimiLinearPreTrainedModel):
     """The decoder: embedding, layers, final norm."""
 
@@ -254,7 +258,7 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
         padding = None if padding_mask is None else PaddingLayout.from_mask(padding_mask)
 
         hidden_states = inputs_embeds
-        for layer in self.layers[: self.config.num_hidden_layers]:
+        for layer in islice(self.layers, self.config.num_hidden_layers):  # a slice would register modules anew
             hidden_states = layer(
                 hidden_states,
                 attention_mask=attention_mask.get("full_attention"),
@@ -306,6 +310,7 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
         return cu_seqlens_of_restarts(position_ids.expand(batch_size, -1)), position_ids
 
 
+@reads_weights
 class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiGenerationMixin):
     """The decoder with its language-model head."""
 

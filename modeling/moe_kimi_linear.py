@@ -9,9 +9,11 @@ from ..configuration.configuration_kimi_linear import KimiLinearConfig
 from ..kernels.fused_path import fused_path_serves
 from ..kernels.moe_experts import grouped_experts, grouped_experts_serve
 from ..kernels.moe_triton import route_fwd, silu_mul_fwd
+from .plain_modules import Noticing, reads_weights, weights_are_plain
 
 
-class KimiMLP(nn.Module):
+@reads_weights
+class KimiMLP(Noticing):
     """down(silu(gate(x)) * up(x)), without biases."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
@@ -27,8 +29,9 @@ class KimiMLP(nn.Module):
         return self.down_proj(silu_mul_fwd(gate, up) if fused else F.silu(gate) * up)
 
 
+@reads_weights
 @use_experts_implementation
-class KimiExperts(nn.Module):
+class KimiExperts(Noticing):
     """Routed experts, stacked: `gate_up_proj` [E, 2 I, hidden_size] and `down_proj` [E, hidden_size, I].
 
     The forward below is the "eager" backend of transformers' experts interface; `config._experts_implementation`
@@ -68,7 +71,8 @@ class KimiExperts(nn.Module):
         return output.to(hidden_states.dtype)
 
 
-class KimiTopkRouter(nn.Module):
+@reads_weights
+class KimiTopkRouter(Noticing):
     """Sigmoid router in fp32 with a correction bias that steers the choice of experts, not their weights.
 
     The bias (auxiliary-loss-free balancing, arXiv 2408.15664) is a buffer: no gradient reaches it. In training mode
@@ -169,7 +173,8 @@ class KimiTopkRouter(nn.Module):
         return counts
 
 
-class KimiSparseMoeBlock(nn.Module):
+@reads_weights
+class KimiSparseMoeBlock(Noticing):
     """Routed experts plus the shared expert, which every token visits with weight one."""
 
     def __init__(self, config: KimiLinearConfig) -> None:
@@ -196,18 +201,14 @@ class KimiSparseMoeBlock(nn.Module):
     def _takes_grouped(self, tokens: torch.Tensor) -> bool:
         """Whether to compute the experts here, from their parameters, instead of calling the module.
 
-        Only where "grouped_mm", transformers' default, is configured, and where nothing else hangs on the module: an
-        adapter, sharded or quantised weights, a hook. accelerate's hook that only says which device a module is on is
-        harmless; one that brings the weights from elsewhere (`offload`) is not.
+        Only where "grouped_mm", transformers' default, is configured, and where nothing else hangs on the module.
         """
         experts = self.experts
-        if type(experts) is not KimiExperts or experts.config._experts_implementation != "grouped_mm":
+        if not weights_are_plain((experts,), tokens.device) or experts.config._experts_implementation != "grouped_mm":
             return False
-        hook = getattr(experts, "_hf_hook", None)
-        if hook is not None and getattr(hook, "offload", True):
+        if getattr(experts, "_is_expert_parallel", False):
             return False
-        hooked = experts._forward_hooks or experts._forward_pre_hooks or getattr(experts, "_is_expert_parallel", False)
-        return not hooked and grouped_experts_serve(tokens, experts.gate_up_proj, experts.down_proj)
+        return grouped_experts_serve(tokens, experts.gate_up_proj, experts.down_proj)
 
 
 __all__ = ["KimiExperts", "KimiMLP", "KimiSparseMoeBlock", "KimiTopkRouter"]

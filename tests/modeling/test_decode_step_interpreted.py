@@ -71,9 +71,9 @@ def stepping(monkeypatch):
     """Lets the interpreter stand in for a GPU; gives the steps' runs, (batch, tokens) each."""
     runs, run = [], DecodeStep.run
 
-    def counted(self):
+    def counted(self, *args):
         runs.append((self.batch, self.tokens))
-        return run(self)
+        return run(self, *args)
 
     monkeypatch.setattr(DecodeStep, "run", counted)
     monkeypatch.setattr(decode_path, "gpu_has_kernels", lambda model: True)
@@ -144,7 +144,7 @@ def greedy(model, **options):
 
 def test_greedy_and_sampled_text(model, stepping):
     expected = layer_by_layer(model, lambda: greedy(model))
-    assert not stepping and model.decode_path == "captured steps"
+    assert not stepping and model.decode_path.startswith("captured steps")
     assert torch.equal(greedy(model), expected)
     assert stepping == [(2, 1)] * 5
 
@@ -255,13 +255,13 @@ def test_reasons(model, stepping):
     model.config.kda_backend = "torch"
     assert "kda_backend is 'torch'" in reason()
     model.config.kda_backend = "auto"
-    assert reason() == "captured steps"
+    assert reason().startswith("captured steps")
     layer, plain = model.model.layers[0].mlp, model.model.layers[0].mlp.up_proj
     layer.up_proj = torch.nn.Sequential(plain)
     layer.up_proj[0].weight = torch.nn.Parameter(plain.weight.clone())
     assert "Sequential" in reason()
     layer.up_proj = plain
-    assert reason() == "captured steps"
+    assert reason().startswith("captured steps")
 
 
 def test_replaced_weights_are_seen(model, stepping):
