@@ -129,13 +129,15 @@ class KimiTopkRouter(Noticing):
         same up to the order of summation, without the casts.
         """
         half = hidden_states.dtype in (torch.bfloat16, torch.float16) and hidden_states.dtype == self.weight.dtype
-        if half and fused_path_serves(hidden_states, self.weight):
-            return torch.mm(hidden_states, self.weight.t(), out_dtype=torch.float32)
-        return F.linear(hidden_states.float(), self.weight.float())
+        with torch.autocast(hidden_states.device.type, enabled=False):  # which would return half precision
+            if half and fused_path_serves(hidden_states, self.weight):
+                return torch.mm(hidden_states, self.weight.t(), out_dtype=torch.float32)
+            return F.linear(hidden_states.float(), self.weight.float())
 
     def _takes_fused(self, logits: torch.Tensor) -> bool:
         chooses_groups = self.num_groups != self.topk_group
-        return not (self.training or chooses_groups) and fused_path_serves(logits, self.e_score_correction_bias)
+        ours = not (self.training or chooses_groups) and logits.dtype == torch.float32
+        return ours and fused_path_serves(logits, self.e_score_correction_bias)
 
     def _within_best_groups(self, biased: torch.Tensor) -> torch.Tensor:
         """Scores with -inf outside the `topk_group` groups whose two best experts score highest."""

@@ -42,7 +42,15 @@ KERNELS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("path", ["kernels/test_decode_interpreted.py", "modeling/test_decode_step_interpreted.py"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "kernels/test_decode_interpreted.py",
+        "modeling/test_decode_step_interpreted.py",
+        "modeling/test_steps_hooked_interpreted.py",
+        "kernels/test_limits_interpreted.py",
+    ],
+)
 def test_interpreter(path):
     """Kernels against float64 and the step against the layers, in a process whose Triton interprets."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
