@@ -8,10 +8,11 @@ from tiny_checkpoints import tiny_config
 from torch import nn
 
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
-from kimi_linear.kernels.decode_configs import GemvConfig
-from kimi_linear.kernels.kda_triton_configs import padded
-from kimi_linear.modeling import decode_path, decode_step
-from kimi_linear.modeling.decode_step import DecodeStep
+from kimi_linear.kernels.decode.configs import GemvConfig
+from kimi_linear.kernels.gpu.sizes import padded
+from kimi_linear.modeling.decode import path as decode_path
+from kimi_linear.modeling.decode import step as decode_step
+from kimi_linear.modeling.decode.step import DecodeStep
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
 
 PROMPT = torch.tensor([[3, 14, 15, 92, 65, 35, 89, 79, 32], [38, 46, 26, 43, 38, 32, 79, 50, 28]])

@@ -14,18 +14,17 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1; test_decode_kernels.py runs this file so", allow_module_level=True)
 pytest.importorskip("triton")
 
-from kimi_linear.kernels import (
-    kda_triton,
-    kda_triton_inter,
-    kda_triton_intra,
-    kda_triton_lanes,
-    merge_attention_triton,
-    short_convolution_triton,
-)
-from kimi_linear.kernels.decode_routing import decode_route
-from kimi_linear.kernels.kda_triton import chunk_kda
-from kimi_linear.kernels.merge_attention_triton import merge_attention_fwd
-from kimi_linear.kernels.moe_triton import route_fwd
+from kimi_linear.kernels.decode.routing import decode_route
+from kimi_linear.kernels.gpu import availability as gpu_availability
+from kimi_linear.kernels.kda import inter as kda_inter
+from kimi_linear.kernels.kda import intra as kda_intra
+from kimi_linear.kernels.kda import operators as kda_operators
+from kimi_linear.kernels.kda import streams as kda_streams
+from kimi_linear.kernels.kda.operators import chunk_kda
+from kimi_linear.kernels.prompt import merge_attention as prompt_merge_attention
+from kimi_linear.kernels.prompt import short_convolution_kernel as prompt_short_convolution_kernel
+from kimi_linear.kernels.prompt.expert_rows import route_fwd
+from kimi_linear.kernels.prompt.merge_attention import merge_attention_fwd
 
 FAR = 71_000_000  # elements between heads of a head-major tensor of 555,000 tokens of width 128: 31 FAR > 2 ** 31
 
@@ -47,24 +46,24 @@ class Grids:
 def test_grids_of_many_rows(monkeypatch):
     """2,048 rows of 32 heads; 70,000 packed sequences."""
     grids, B, H, K = Grids(), 2048, 32, 16
-    for module in (kda_triton_inter, kda_triton_intra):
+    for module in (kda_inter, kda_intra):
         monkeypatch.setattr(module, "launch", lambda kernel, grid, *args, **options: grids.seen.append(grid))
-    monkeypatch.setattr(kda_triton, "serves", lambda device: True)
+    monkeypatch.setattr(gpu_availability, "serves", lambda device: True)
     x = torch.empty(B, 2, H, K, device="meta")
-    kda_triton._chunk_kda_fwd._init_fn(
+    kda_operators._chunk_kda_fwd._init_fn(
         x, x, x, x, x[..., 0], torch.empty(H, device="meta"), torch.empty(H * K, device="meta"), 1.0, None, None
     )
     assert len(grids.seen) == 2 and grids.fits()
     merge, edges, conv = Grids(), Grids(), Grids()
-    monkeypatch.setattr(merge_attention_triton, "merge_attention_fwd_kernel", merge)
+    monkeypatch.setattr(prompt_merge_attention, "merge_attention_fwd_kernel", merge)
     o, lse = torch.empty(B, 17, H, K, device="meta"), torch.empty(B, H, 17, device="meta")
     merge_attention_fwd._init_fn(o, lse, o, lse)
     assert merge.fits()
-    monkeypatch.setattr(short_convolution_triton, "short_conv_edges_fwd_kernel", edges)
-    monkeypatch.setattr(short_convolution_triton, "short_conv_fwd_kernel", conv)
-    monkeypatch.setattr(short_convolution_triton, "_first_tokens", lambda *args: None)
+    monkeypatch.setattr(prompt_short_convolution_kernel, "short_conv_edges_fwd_kernel", edges)
+    monkeypatch.setattr(prompt_short_convolution_kernel, "short_conv_fwd_kernel", conv)
+    monkeypatch.setattr(prompt_short_convolution_kernel, "_first_tokens", lambda *args: None)
     x, packed = torch.empty(1, 70_000, 64, device="meta"), torch.arange(70_001, device="meta")
-    short_convolution_triton.short_conv_fwd._init_fn(x, torch.empty(64, 1, 4, device="meta"), None, None, packed)
+    prompt_short_convolution_kernel.short_conv_fwd._init_fn(x, torch.empty(64, 1, 4, device="meta"), None, None, packed)
     assert edges.fits() and conv.fits()
 
 
@@ -114,16 +113,16 @@ def test_packed_sequences_in_segments(with_state, monkeypatch):
     state = torch.randn(N, 1, 16, 16, generator=generator) if with_state else None
     options = {"A_log": torch.zeros(1), "dt_bias": torch.zeros(16), "initial_state": state, "cu_seqlens": bounds}
     beta = torch.randn(1, T, 1, generator=generator)
-    tiles, made = kda_triton._tiles, []
+    tiles, made = kda_operators._tiles, []
 
     def counted(q, chunks, C):
         made.append(chunks)
         return [x.fill_(float("nan") if x.is_floating_point() else 0) for x in tiles(q, chunks, C)]
 
-    monkeypatch.setattr(kda_triton, "_tiles", counted)
+    monkeypatch.setattr(kda_operators, "_tiles", counted)
     expected = chunk_kda(q, k, v, g, beta, **options, output_final_state=True)
     for tokens in (64, 160):
-        monkeypatch.setattr(kda_triton_lanes, "WORKSPACE_TOKENS", tokens)
+        monkeypatch.setattr(kda_streams, "WORKSPACE_TOKENS", tokens)
         outputs = chunk_kda(q, k, v, g, beta, **options, output_final_state=True)
         assert torch.equal(outputs[0], expected[0]) and torch.equal(outputs[1], expected[1])
         assert made[-1] <= max(1, tokens // 32) < made[0]

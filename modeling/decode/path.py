@@ -1,0 +1,199 @@
+"""Which way a model decodes: by the captured step where it can be served, else layer by layer."""
+
+import threading
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from ...kernels.gpu.availability import is_first_choice
+from ...kernels.gpu.availability import serves as kernels_serve
+from ...kernels.kda.operators import MAX_HEAD_DIM
+from ..cache.kimi_linear_cache import KimiLinearCache
+from ..layers.moe import KimiTopkRouter
+from ..module_watch import ModuleWatch
+from ..plain_modules import Noticing, foreign_methods, hanging
+from .shapes import released_shapes
+from .step import MAX_STEP_TOKENS, DecodeStep
+
+# New tokens of each sequence that one step takes at most: what the KDA step holds.
+MAX_NEW_TOKENS = 16
+# Bytes of the buffers of the steps that are kept, one step per (batch, new tokens). At the released shape the sixteen
+# lengths of one sequence take 200 MB together, so drafts of varying length don't evict one another.
+_KEPT_BYTES = 1 << 29
+
+
+class DecodePath:
+    """The captured steps of one model, and whether it can use them. Copies and pickles of it are empty."""
+
+    def __init__(self) -> None:
+        self._steps: OrderedDict[tuple[int, int], DecodeStep] = OrderedDict()
+        self._watch = ModuleWatch()
+        self._made_from: tuple[Any, ...] | None = None
+        self._reason: str | None = "not looked at yet"
+        self._look_is_due = True
+        self._lock = threading.RLock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DecodePath":
+        return DecodePath()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return DecodePath, ()
+
+    def look_again(self) -> None:
+        """A new text begins: let the next question take the whole look (see `plain_modules`)."""
+        self._look_is_due = True
+
+    def reason(self, model: Any) -> str | None:
+        """Why `model` decodes layer by layer, or None if it decodes by captured steps.
+
+        After `look_again`, or while there is a reason, every module and tensor is looked at; else only what counts
+        changes. Steps that were made from other weights or modules are dropped.
+        """
+        changing = _changing_reason(model)
+        if changing is not None:
+            return changing
+        with self._lock:
+            whole = self._look_is_due or self._reason is not None
+            if not (self._watch.is_same(model) if whole else self._watch.seems_same(model)):
+                made_from = self._watch.keep(model)
+                if made_from != self._made_from:
+                    self._steps.clear()
+                    self._made_from = made_from
+                self._reason = _lasting_reason(model)
+            self._look_is_due = False
+            return self._reason
+
+    def step(self, model: Any, batch: int, tokens: int) -> DecodeStep | None:
+        """The step for `tokens` new tokens of `batch` sequences, captured if need be, or None (see `reason`)."""
+        if tokens > MAX_NEW_TOKENS or batch * tokens > MAX_STEP_TOKENS or self.reason(model) is not None:
+            return None
+        with self._lock:
+            step = self._steps.get((batch, tokens))
+            if step is None:
+                step = self._steps[batch, tokens] = DecodeStep(model, batch, tokens)
+                while len(self._steps) > 1 and sum(kept.nbytes for kept in self._steps.values()) > _KEPT_BYTES:
+                    self._steps.popitem(last=False)
+            self._steps.move_to_end((batch, tokens))
+            return step
+
+
+def gpu_has_kernels(model: Any) -> bool:
+    """Whether the step's kernels run where `model` is, and are meant to."""
+    device = _device_of(model)
+    return device.type == "cuda" and kernels_serve(device) and is_first_choice(device)
+
+
+def _device_of(model: Any) -> torch.device:
+    weight = getattr(model.lm_head, "weight", None)
+    return weight.device if isinstance(weight, torch.Tensor) else torch.device("cpu")
+
+
+def _changing_reason(model: Any) -> str | None:
+    """What a user can switch from one call to the next."""
+    if not gpu_has_kernels(model):
+        return f"the kernels need Triton and an NVIDIA GPU from sm_80 on; the model is on {_device_of(model)}"
+    layers = model.config.num_hidden_layers
+    if len(model.model.layers) != layers:
+        return f"only {layers} of {len(model.model.layers)} layers are in use (early exit)"
+    if model.training:
+        return "the model is in training mode; call model.eval()"
+    if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        return "the layers are being compiled or captured"
+    kind, dtype = _device_of(model).type, model.lm_head.weight.dtype
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype:
+        return f"autocast to {torch.get_autocast_dtype(kind)} is on, and the parameters are {dtype}"
+    return None
+
+
+def _lasting_reason(model: Any) -> str | None:
+    """What holds until something changes that `ModuleWatch` notices."""
+    config = model.config
+    if config.kda_backend not in ("auto", "triton"):
+        return f"kda_backend is {config.kda_backend!r}"
+    if config.linear_head_dim > MAX_HEAD_DIM:
+        return f"KDA heads of {config.linear_head_dim} are wider than {MAX_HEAD_DIM}"
+    if config.num_expert_group != config.topk_group:
+        return "experts are chosen by group"
+    for name, module in model.named_modules():
+        what = None if module is model else hanging(module) or _changed_scalar(module, config)
+        if what is not None:
+            return f"{name} {what}"
+    return _foreign_tensor(model)
+
+
+def _changed_scalar(module: nn.Module, config: Any) -> str | None:
+    """What a module of ours was told to do that a step doesn't, in words that follow its name; or None."""
+    if isinstance(module, Noticing):
+        replaced = foreign_methods(module)
+        if replaced:
+            return f"has a method of its own ({replaced[0]})"
+        if module.training:
+            return "is in training mode"
+    if isinstance(module, KimiTopkRouter):
+        chosen = (module.top_k, module.num_experts, module.num_groups == module.topk_group)
+        if chosen != (config.num_experts_per_token, config.num_experts, True):
+            return "chooses other experts than the config says"
+    if getattr(module, "backend", "auto") not in ("auto", "triton"):
+        return f"has the backend {module.backend!r}"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "renormalises its weight (max_norm)"
+    implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    if hasattr(module, "gate_up_proj") and implementation not in (None, "eager"):
+        function = ALL_EXPERTS_FUNCTIONS.get(implementation)
+        if not getattr(function, "__module__", "").startswith("transformers.") or getattr(
+            module, "_is_expert_parallel", False
+        ):
+            return f"computes by {implementation!r}, which is not one of transformers' own ways"
+    return None
+
+
+def _foreign_tensor(model: Any) -> str | None:
+    """A parameter or buffer that a step can't read, in words; or None."""
+    device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"parameters are {dtype}"
+    shapes = released_shapes(model.config)
+    for name, x in (*model.named_parameters(), *model.named_buffers()):
+        plain = type(x) in (nn.Parameter, torch.Tensor) and x.is_contiguous() and x.device == device
+        fixed = not name.endswith(("A_log", "dt_bias", "e_score_correction_bias"))
+        if not plain or not x.is_floating_point() or (fixed and x.dtype != dtype):
+            return f"{name} is a {type(x).__name__} of {x.dtype} on {x.device}, beside {dtype} on {device}"
+        wanted = shapes.get(name)
+        if wanted is None or tuple(x.shape) != wanted:
+            return f"{name} is {list(x.shape)}, and the config says {wanted and list(wanted)}"
+    return None
+
+
+def serves(
+    cache: Any, input_ids: torch.Tensor | None, attention_mask: Any, kwargs: dict[str, Any], config: Any
+) -> bool:
+    """Whether a forward call with these arguments is one that steps can answer: a few tokens over a cache of ours."""
+    if not isinstance(cache, KimiLinearCache) or cache.get_seq_length() == 0 or input_ids is None:
+        return False
+    if input_ids.ndim != 2 or not 0 < input_ids.numel() <= MAX_STEP_TOKENS or torch.is_grad_enabled():
+        return False
+    if attention_mask is not None and (not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2):
+        return False
+    for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
+        asked = kwargs.get(name)
+        if asked or (asked is None and getattr(config, name, False)):
+            return False
+    return kwargs.get("cu_seq_lens_q") is None
+
+
+def step_mask(attention_mask: torch.Tensor | None, new_tokens: int) -> tuple[bool, torch.Tensor | None]:
+    """(whether a step can honour it, the bool mask or None where nothing is padding). Waits for the values.
+
+    The mask is dense, as a step reads it by its address.
+    """
+    if attention_mask is None:
+        return True, None
+    mask = attention_mask.bool().contiguous()
+    whole, new = torch.stack([mask.all(), mask[:, -new_tokens:].all()]).tolist()
+    return bool(new), None if whole else mask
+
+
+__all__ = ["MAX_NEW_TOKENS", "DecodePath", "serves", "step_mask"]
