@@ -6,6 +6,7 @@ fired. The step itself looks: where it has, the cache stays as it is and the res
 for the host, unless a streamer, a logits processor or a stopping rule does.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,12 +79,15 @@ def sample_with_steps(
         if rules:
             unfinished = unfinished & ~rules(input_ids, records.scores)
             going_on = _Answer((unfinished & sound).any())
-        with step.lock:
-            if mask is not None:
-                mask = _grown(mask, cache.get_seq_length() + 1)
-            step.prepare(cache, next_tokens[:, None], mask, None if going_on is None else going_on.on_device)
+        active = None if going_on is None else going_on.on_device
+        past = cache.get_seq_length()
+        if mask is not None:
+            mask = _grown(mask, past + 1)
+        with step.lock, cache.changing("a decode step", partial(step.settle, cache, past, active)):
+            step.prepare(cache, next_tokens[:, None], mask, active)
             logits = step.run()[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
             if going_on is not None and not going_on.read():
+                step.skip(cache)
                 break
             step.commit(cache)
     if generation_config.do_sample:

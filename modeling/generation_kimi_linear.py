@@ -15,8 +15,15 @@ from .generation_caches import (
     continuous_batching_error,
     expect_text,
 )
+from .generation_resume import RememberingProcessors, keep_next_logits, outputs_of_cached_prompt
 from .input_checks import check_cache, check_mask, check_token_ids
-from .speculative_decoding import expect_whole_prompt, record_for_drafts, uncached_tokens, within_length
+from .speculative_decoding import (
+    drop_unaccepted,
+    expect_whole_prompt,
+    noting_accepted,
+    record_for_drafts,
+    uncached_tokens,
+)
 
 
 class KimiGenerationMixin(GenerationMixin):
@@ -46,13 +53,39 @@ class KimiGenerationMixin(GenerationMixin):
         held = {"past_key_values": past_key_values, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **held, **kwargs)
 
-    def _get_candidate_generator(self, *args: Any, generation_config: Any, **kwargs: Any) -> Any:
-        generator = super()._get_candidate_generator(*args, generation_config=generation_config, **kwargs)
-        return within_length(generator, generation_config.max_length)
+    def _get_candidate_generator(
+        self, *args: Any, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> Any:
+        generator = super()._get_candidate_generator(
+            *args, generation_config=generation_config, model_kwargs=model_kwargs, **kwargs
+        )
+        return noting_accepted(generator, generation_config.max_length, model_kwargs.get("past_key_values"))
 
     def _assisted_decoding(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        expect_whole_prompt(kwargs.get("past_key_values"), input_ids)
-        return super()._assisted_decoding(input_ids, *args, **kwargs)
+        """As transformers has it; an interruption leaves a cache with accepted tokens only."""
+        cache = kwargs.get("past_key_values")
+        expect_whole_prompt(cache, input_ids)
+        try:
+            return super()._assisted_decoding(input_ids, *args, **kwargs)
+        except BaseException:
+            drop_unaccepted(cache)
+            raise
+
+    def _prefill(
+        self,
+        input_ids: torch.LongTensor,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        is_first_iteration: bool = True,
+    ) -> Any:
+        """The forward that `generate()` begins with: of the prompt, as far as the cache doesn't hold it."""
+        mask = model_kwargs.get("attention_mask")
+        length = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+        embeds = model_kwargs.get("inputs_embeds") if is_first_iteration else None
+        outputs = outputs_of_cached_prompt(model_kwargs.get("past_key_values"), input_ids, embeds, length)
+        if outputs is not None:
+            return outputs
+        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any
@@ -103,7 +136,27 @@ class KimiGenerationMixin(GenerationMixin):
         **model_kwargs: Any,
     ) -> Any:
         """Greedy search and sampling: around captured decode steps where the model has them, else as transformers."""
-        expect_text(model_kwargs.get("past_key_values"), input_ids.shape[1], generation_config.max_length)
+        cache = model_kwargs.get("past_key_values")
+        expect_text(cache, input_ids.shape[1], generation_config.max_length)
+        processors = RememberingProcessors(logits_processor)
+        try:
+            return self._sample_remembering(
+                input_ids, processors, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
+            )
+        except BaseException:
+            keep_next_logits(cache, processors.last)
+            raise
+
+    def _sample_remembering(
+        self,
+        input_ids: torch.LongTensor,
+        logits_processor: RememberingProcessors,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool,
+        streamer: Any,
+        **model_kwargs: Any,
+    ) -> Any:
         step = None
         if can_sample_with_steps(generation_config, model_kwargs, synced_gpus):
             step = self._decode.step(self, input_ids.shape[0], 1)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -166,6 +167,13 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
                 module.update_correction_bias(rate)
 
 
+def _taking_tokens(cache: Cache | None) -> AbstractContextManager[None]:
+    """See `KimiLinearCache.taking_tokens`; caches of transformers, and compiled graphs, go without."""
+    if isinstance(cache, KimiLinearCache) and not torch.compiler.is_compiling():
+        return cache.taking_tokens("a forward")
+    return nullcontext()
+
+
 class KimiLinearModel(KimiLinearPreTrainedModel):
     """The decoder: embedding, layers, final norm."""
 
@@ -253,21 +261,20 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
         padding_mask = attention_mask.get("linear_attention")
         padding = None if padding_mask is None else PaddingLayout.from_mask(padding_mask)
 
-        hidden_states = inputs_embeds
-        for layer in self.layers[: self.config.num_hidden_layers]:
-            hidden_states = layer(
-                hidden_states,
-                attention_mask=attention_mask.get("full_attention"),
-                padding=padding,
-                cu_seqlens=cu_seqlens,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-                **kwargs,
-            )
-        return MoeModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
-        )
+        with _taking_tokens(past_key_values):
+            hidden_states = inputs_embeds
+            for layer in self.layers[: self.config.num_hidden_layers]:
+                hidden_states = layer(
+                    hidden_states,
+                    attention_mask=attention_mask.get("full_attention"),
+                    padding=padding,
+                    cu_seqlens=cu_seqlens,
+                    past_key_values=past_key_values,
+                    position_ids=position_ids,
+                    **kwargs,
+                )
+            hidden_states = self.norm(hidden_states)
+        return MoeModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
     def _past_length(self, past_key_values: Cache | None) -> int | None:
         """Cached positions, or None where only transformers' linear-attention layers, which don't count, hold them."""
@@ -352,22 +359,23 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiGenerationMixin):
             logits = self._step_logits(input_ids, attention_mask, past_key_values, kwargs)
             if logits is not None:
                 return MoeCausalLMOutputWithPast(logits=logits[:, kept], past_key_values=past_key_values)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            keep_last=logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep > 0 else None,
-            prompt_progress=prompt_progress,
-            **kwargs,
-        )
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            check_labels(labels, *logits.shape, ignore_index=kwargs.get("ignore_index", -100))
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        with _taking_tokens(past_key_values):
+            outputs = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                keep_last=logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep > 0 else None,
+                prompt_progress=prompt_progress,
+                **kwargs,
+            )
+            logits = self.lm_head(outputs.last_hidden_state[:, kept])
+            loss = None
+            if labels is not None:
+                check_labels(labels, *logits.shape, ignore_index=kwargs.get("ignore_index", -100))
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
