@@ -17,6 +17,7 @@ from .generation_caches import (
 )
 from .input_checks import check_cache, check_mask, check_token_ids
 from .speculative_decoding import expect_whole_prompt, record_for_drafts, uncached_tokens, within_length
+from .transformers_versions import CACHE_NAME, as_argument, one_cache
 
 
 class KimiGenerationMixin(GenerationMixin):
@@ -28,6 +29,23 @@ class KimiGenerationMixin(GenerationMixin):
         reason = self._decode.reason(self)
         return "captured steps" if reason is None else f"layer by layer: {reason}"
 
+    def generate(
+        self, *args: Any, past_key_values: Cache | None = None, cache: Cache | None = None, **kwargs: Any
+    ) -> Any:
+        """transformers' `generate()`, over a `KimiLinearCache` unless another is asked for.
+
+        Args:
+            args: `inputs` and the others, as transformers has them.
+            past_key_values: a cache to continue from.
+            cache: another name of `past_key_values`, transformers' own since 5.24.
+            kwargs: as transformers has them; and `prompt_progress`, see `forward`.
+
+        Raises:
+            ValueError: if both names are given and hold different caches.
+            TypeError: for a cache under a name that is none of the two.
+        """
+        return super().generate(*args, **as_argument(one_cache(past_key_values, cache, kwargs)), **kwargs)
+
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
@@ -35,15 +53,17 @@ class KimiGenerationMixin(GenerationMixin):
         past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Arguments of the next call in `generate()`, as transformers has it; drafts over a filled cache are cut right.
 
         transformers reads from this signature that `inputs_embeds` are served.
         """
+        past_key_values = one_cache(past_key_values, cache, kwargs)
         if next_sequence_length is None:
             next_sequence_length = uncached_tokens(past_key_values, input_ids)
-        held = {"past_key_values": past_key_values, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        held = {CACHE_NAME: past_key_values, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **held, **kwargs)
 
     def _get_candidate_generator(self, *args: Any, generation_config: Any, **kwargs: Any) -> Any:
@@ -51,7 +71,7 @@ class KimiGenerationMixin(GenerationMixin):
         return within_length(generator, generation_config.max_length)
 
     def _assisted_decoding(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        expect_whole_prompt(kwargs.get("past_key_values"), input_ids)
+        expect_whole_prompt(kwargs.get(CACHE_NAME), input_ids)
         return super()._assisted_decoding(input_ids, *args, **kwargs)
 
     def _prepare_cache_for_generation(
@@ -61,12 +81,12 @@ class KimiGenerationMixin(GenerationMixin):
         check_cache_implementation(generation_config.cache_implementation, self.config.layer_types)
         # Older transformers ask for "dynamic_full" where a draft will be taken back.
         wants_default = generation_config.cache_implementation in (None, "dynamic", "dynamic_full")
-        if wants_default and generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = KimiLinearCache(self.config)
+        if wants_default and generation_config.use_cache and model_kwargs.get(CACHE_NAME) is None:
+            model_kwargs[CACHE_NAME] = KimiLinearCache(self.config)
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
-            bound_unbounded_layers(model_kwargs.get("past_key_values"))
-        record_for_drafts(model_kwargs.get("past_key_values"), generation_config, generation_mode)
+            bound_unbounded_layers(model_kwargs.get(CACHE_NAME))
+        record_for_drafts(model_kwargs.get(CACHE_NAME), generation_config, generation_mode)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
         """Refuse, for every way into transformers' continuous batching goes through here.
@@ -103,7 +123,7 @@ class KimiGenerationMixin(GenerationMixin):
         **model_kwargs: Any,
     ) -> Any:
         """Greedy search and sampling: around captured decode steps where the model has them, else as transformers."""
-        expect_text(model_kwargs.get("past_key_values"), input_ids.shape[1], generation_config.max_length)
+        expect_text(model_kwargs.get(CACHE_NAME), input_ids.shape[1], generation_config.max_length)
         step = None
         if can_sample_with_steps(generation_config, model_kwargs, synced_gpus):
             step = self._decode.step(self, input_ids.shape[0], 1)
