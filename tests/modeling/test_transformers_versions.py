@@ -1,5 +1,6 @@
 """The cache argument under both of its names, arguments that nobody knows, and the range of transformers."""
 
+import importlib
 import inspect
 import re
 from pathlib import Path
@@ -7,11 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-import transformers.cache_utils
-import transformers.conversion_mapping
-import transformers.core_model_loading
-import transformers.masking_utils
-import transformers.modeling_layers
 from tiny_checkpoints import TINY_CONFIGS
 from transformers import DynamicCache
 from transformers.modeling_outputs import MoeModelOutputWithPast
@@ -23,6 +19,7 @@ from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM, Kim
 from kimi_linear.modeling.transformers_versions import CACHE_NAME, NEWEST, OLDEST
 
 ROOT = Path(__file__).resolve().parents[2]
+INSTALLED = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 NAMES = ["past_key_values", "cache"]
 FORWARDS = ["decoder", "language model", "classifier"]
 
@@ -113,7 +110,7 @@ def test_hooks_leave_the_cache_where_it_is_under_both_names():
 
 
 def test_the_name_is_that_of_the_installed_version():
-    assert (CACHE_NAME == "cache") is (tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24))
+    assert (CACHE_NAME == "cache") is (INSTALLED >= (5, 24))
     assert CACHE_NAME in MoeModelOutputWithPast.__dataclass_fields__
 
 
@@ -160,6 +157,10 @@ def test_the_range_is_the_same_everywhere():
 # What we override and call. A renamed argument is a red test here, and not wrong tokens.
 
 GENERATION = transformers.generation.GenerationMixin
+cache_utils, conversion_mapping, core_model_loading, masking_utils, modeling_layers = (
+    importlib.import_module(f"transformers.{name}")
+    for name in ("cache_utils", "conversion_mapping", "core_model_loading", "masking_utils", "modeling_layers")
+)
 # owner, name, arguments that our code gives or reads by name ("*": it passes everything on)
 SEAMS = [
     (GENERATION, "generate", "inputs"),
@@ -174,31 +175,32 @@ SEAMS = [
     (transformers.PreTrainedModel, "_load_pretrained_model", "model state_dict checkpoint_files load_config"),
     (transformers.PreTrainedModel, "_init_weights", "module"),
     (transformers.PreTrainedModel, "_can_set_experts_implementation", ""),
-    (transformers.modeling_layers.GenericForSequenceClassification, "forward", f"input_ids {CACHE_NAME} labels"),
+    (modeling_layers.GenericForSequenceClassification, "forward", f"input_ids {CACHE_NAME} labels"),
     (transformers.generation.PromptLookupCandidateGenerator, "get_candidates", "input_ids"),
-    (transformers.cache_utils.Cache, "__init__", "layers"),
-    (transformers.cache_utils.Cache, "crop", ""),
-    (transformers.cache_utils.Cache, "get_seq_length", "layer_idx"),
-    (transformers.cache_utils.Cache, "get_mask_sizes", "layer_idx"),
-    (transformers.cache_utils.Cache, "has_previous_state", "layer_idx"),
-    (transformers.cache_utils.Cache, "update", "layer_idx"),
-    (transformers.cache_utils.Cache, "update_conv_state", "conv_states layer_idx"),
-    (transformers.cache_utils.Cache, "update_recurrent_state", "recurrent_states layer_idx"),
-    (transformers.cache_utils.Cache, "reorder_cache", "beam_idx"),
-    (transformers.cache_utils.Cache, "batch_select_indices", "indices"),
-    (transformers.cache_utils.Cache, "reset", ""),
-    (transformers.masking_utils, "create_causal_mask", f"config inputs_embeds attention_mask {CACHE_NAME}"),
-    (transformers.masking_utils, "create_causal_mask", "position_ids"),
-    (transformers.conversion_mapping, "get_checkpoint_conversion_mapping", "model_type"),
-    (transformers.core_model_loading, "WeightConverter", "source_patterns target_patterns operations"),
+    (cache_utils.Cache, "__init__", "layers"),
+    (cache_utils.Cache, "crop", ""),
+    (cache_utils.Cache, "get_seq_length", "layer_idx"),
+    (cache_utils.Cache, "get_mask_sizes", "layer_idx"),
+    (cache_utils.Cache, "has_previous_state", "layer_idx"),
+    (cache_utils.Cache, "update", "layer_idx"),
+    (cache_utils.Cache, "update_conv_state", "conv_states layer_idx"),
+    (cache_utils.Cache, "update_recurrent_state", "recurrent_states layer_idx"),
+    (cache_utils.Cache, "reorder_cache", "beam_idx"),
+    (cache_utils.Cache, "batch_select_indices", "indices"),
+    (cache_utils.Cache, "reset", ""),
+    (masking_utils, "create_causal_mask", f"config inputs_embeds attention_mask {CACHE_NAME}"),
+    (masking_utils, "create_causal_mask", "position_ids"),
+    (conversion_mapping, "get_checkpoint_conversion_mapping", "model_type"),
+    (core_model_loading, "WeightConverter", "source_patterns target_patterns operations"),
 ]
 # Private attributes of classes that are set by ours: one that transformers no longer knows would do nothing.
 ATTRIBUTES = [
     "_no_split_modules", "_skip_keys_device_placement", "_keep_in_fp32_modules_strict", "_supports_sdpa",
     "_supports_flash_attn", "_supports_flex_attn", "_supports_attention_backend", "_can_compile_fullgraph",
     "_is_stateful", "_can_record_outputs", "_weight_conversions", "_tied_weights_keys", "_tp_plan", "_pp_plan",
-    "_fsdp_plan",
 ]  # fmt: skip
+if OLDEST < INSTALLED:
+    ATTRIBUTES.append("_fsdp_plan")  # 5.10 knows none
 
 
 def seam_names(owner, name: str) -> list[str]:
@@ -239,4 +241,4 @@ def test_the_lists_hold_everything_private_that_we_override():
         for name in vars(kind)
         if re.match("_[a-z]", name) and any(hasattr(base, name) for base in (transformers.PreTrainedModel, GENERATION))
     }
-    assert {"_sample", "_load_pretrained_model", "_skip_keys_device_placement"} <= overridden <= listed | {"_abc_impl"}
+    assert {"_sample", "_load_pretrained_model", "_skip_keys_device_placement"} <= overridden <= listed | {"_fsdp_plan"}
