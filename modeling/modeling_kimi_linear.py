@@ -69,6 +69,7 @@ class KimiDecoderLayer(GradientCheckpointingLayer):
         padding: PaddingLayout | None = None,
         cu_seqlens: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """[B, T, hidden_size] -> the same shape.
@@ -79,8 +80,10 @@ class KimiDecoderLayer(GradientCheckpointingLayer):
             padding: for KDA layers, which tokens are padding.
             cu_seqlens: for KDA layers, boundaries of packed sequences.
             past_key_values: the cache, updated in place.
+            cache: another name of `past_key_values`.
             kwargs: passed to the attention function of MLA layers.
         """
+        past_key_values = one_cache(past_key_values, cache, kwargs)
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
         if self.is_kda:
@@ -270,8 +273,9 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
                 attention_mask=attention_mask.get("full_attention"),
                 padding=padding,
                 cu_seqlens=cu_seqlens,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                # By this name GradientCheckpointingLayer finds it and leaves it out, or a replay would write it again.
+                **{CACHE_NAME: past_key_values},
                 **kwargs,
             )
         return MoeModelOutputWithPast(

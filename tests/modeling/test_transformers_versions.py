@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from tiny_checkpoints import TINY_CONFIGS
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
@@ -96,6 +96,25 @@ def test_a_cache_under_another_name_is_refused(forward, model, random_ids, which
     for cache in (KimiLinearCache(model.config), DynamicCache(config=model.config)):
         with pytest.raises(TypeError, match="cache_params holds a cache"):
             call(random_ids(1, 3), cache_params=wrap(cache))
+
+
+@pytest.mark.skipif(INSTALLED < (5, 24), reason="static caches can be cropped from transformers 5.24 on")
+def test_a_static_cache_of_mla_layers_takes_drafts_back(shared_tiny, random_ids):
+    model, ids = shared_tiny("all_mla"), random_ids(1, 6).repeat(1, 4)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 16, "do_sample": False}
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    drafted = model.generate(ids, cache=cache, prompt_lookup_num_tokens=4, **options)
+    assert torch.equal(drafted, model.generate(ids, **options))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_checkpointed_layers_leave_the_cache_alone(load_tiny, random_ids, name):
+    # A layer is run again on the way back, and would append its tokens a second time.
+    model, ids = load_tiny("hybrid").train(), random_ids(1, 5)
+    model.gradient_checkpointing_enable()
+    cache = KimiLinearCache(model.config)
+    model(ids, labels=ids, **{name: cache}).loss.backward()
+    assert [layer.get_seq_length() for layer in cache.layers] == [0] * 4
 
 
 def test_what_trainers_pass_beside_is_let_through(model, random_ids):
