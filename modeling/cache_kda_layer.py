@@ -60,8 +60,6 @@ class KDACacheLayer(LinearAttentionCacheLayerMixin):
     """
 
     is_compileable = False
-    # Once `activate_past_recording` was called, which is how transformers asks for it.
-    is_croppable = True
     number_of_states = 1
 
     def __init__(self) -> None:
@@ -103,6 +101,11 @@ class KDACacheLayer(LinearAttentionCacheLayerMixin):
     def record_past(self) -> bool:
         """Whether the layer records what `crop` needs (transformers' name)."""
         return self.recording is not None
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether tokens can be taken back (transformers' name): if they are recorded, or there are none."""
+        return self.record_past or self.seen_tokens == 0
 
     def lazy_initialization(
         self, conv_states: torch.Tensor | None = None, recurrent_states: torch.Tensor | None = None, **_: Any

@@ -107,6 +107,16 @@ class KimiLinearCache(Cache):
         """(kv_length, kv_offset) for a mask over what MLA layers attend to."""
         return self.layers[layer_idx].get_mask_sizes(query_length)
 
+    @property
+    def is_linear(self) -> list[bool]:
+        """Which layers are KDA; none if all are.
+
+        transformers 5.24 asks this to learn whether anything counts tokens, and ours do: without a count, `generate()`
+        would run the tokens that the cache holds again.
+        """
+        is_linear = super().is_linear
+        return [False] * len(is_linear) if all(is_linear) else is_linear
+
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         """Whether KDA layer `layer_idx` (the last one by default) has seen a token."""
         layers = self.layers if layer_idx is None else [self.layers[layer_idx]]

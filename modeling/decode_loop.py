@@ -15,6 +15,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, MaxLengthCriteria
 from .cache_kimi_linear import KimiLinearCache
 from .decode_path import step_mask
 from .decode_step import DecodeStep
+from .transformers_versions import CACHE_NAME, as_argument
 
 
 def can_sample_with_steps(generation_config: Any, model_kwargs: dict[str, Any], synced_gpus: bool) -> bool:
@@ -24,7 +25,7 @@ def can_sample_with_steps(generation_config: Any, model_kwargs: dict[str, Any], 
     )
     mask = model_kwargs.get("attention_mask")
     plain_mask = mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2)
-    plain_cache = isinstance(model_kwargs.get("past_key_values"), KimiLinearCache) and model_kwargs.get("use_cache")
+    plain_cache = isinstance(model_kwargs.get(CACHE_NAME), KimiLinearCache) and model_kwargs.get("use_cache")
     return plain_mask and plain_cache and not (wants_layers or synced_gpus or generation_config.is_assistant)
 
 
@@ -50,7 +51,7 @@ def sample_with_steps(
     Raises:
         RuntimeError: scores that give no probabilities, as from transformers' own loop, only later.
     """
-    cache, records = outputs.past_key_values, _Records(generation_config)
+    cache, records = outputs[CACHE_NAME], _Records(generation_config)
     mask = _mask_for_all_steps(attention_mask, stopping_criteria, step)
     pad = generation_config._pad_token_tensor
     has_eos = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
@@ -167,7 +168,7 @@ class _Records:
         if not self._returns_dict:
             return sequences
         return GenerateDecoderOnlyOutput(
-            sequences=sequences, scores=self.scores, logits=self.logits, past_key_values=cache
+            sequences=sequences, scores=self.scores, logits=self.logits, **as_argument(cache)
         )
 
 

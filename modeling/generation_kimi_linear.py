@@ -24,6 +24,7 @@ from .speculative_decoding import (
     record_for_drafts,
     uncached_tokens,
 )
+from .transformers_versions import CACHE_NAME, as_argument, one_cache
 
 
 class KimiGenerationMixin(GenerationMixin):
@@ -35,6 +36,23 @@ class KimiGenerationMixin(GenerationMixin):
         reason = self._decode.reason(self)
         return "captured steps" if reason is None else f"layer by layer: {reason}"
 
+    def generate(
+        self, *args: Any, past_key_values: Cache | None = None, cache: Cache | None = None, **kwargs: Any
+    ) -> Any:
+        """transformers' `generate()`, over a `KimiLinearCache` unless another is asked for.
+
+        Args:
+            args: `inputs` and the others, as transformers has them.
+            past_key_values: a cache to continue from.
+            cache: another name of `past_key_values`, transformers' own since 5.24.
+            kwargs: as transformers has them; and `prompt_progress`, see `forward`.
+
+        Raises:
+            ValueError: if both names are given and hold different caches.
+            TypeError: for a cache under a name that is none of the two.
+        """
+        return super().generate(*args, **as_argument(one_cache(past_key_values, cache, kwargs)), **kwargs)
+
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
@@ -42,15 +60,17 @@ class KimiGenerationMixin(GenerationMixin):
         past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Arguments of the next call in `generate()`, as transformers has it; drafts over a filled cache are cut right.
 
         transformers reads from this signature that `inputs_embeds` are served.
         """
+        past_key_values = one_cache(past_key_values, cache, kwargs)
         if next_sequence_length is None:
             next_sequence_length = uncached_tokens(past_key_values, input_ids)
-        held = {"past_key_values": past_key_values, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        held = {CACHE_NAME: past_key_values, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **held, **kwargs)
 
     def _get_candidate_generator(
@@ -59,11 +79,11 @@ class KimiGenerationMixin(GenerationMixin):
         generator = super()._get_candidate_generator(
             *args, generation_config=generation_config, model_kwargs=model_kwargs, **kwargs
         )
-        return noting_accepted(generator, generation_config.max_length, model_kwargs.get("past_key_values"))
+        return noting_accepted(generator, generation_config.max_length, model_kwargs.get(CACHE_NAME))
 
     def _assisted_decoding(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As transformers has it; an interruption leaves a cache with accepted tokens only."""
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE_NAME)
         expect_whole_prompt(cache, input_ids)
         try:
             return super()._assisted_decoding(input_ids, *args, **kwargs)
@@ -82,7 +102,7 @@ class KimiGenerationMixin(GenerationMixin):
         mask = model_kwargs.get("attention_mask")
         length = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
         embeds = model_kwargs.get("inputs_embeds") if is_first_iteration else None
-        outputs = outputs_of_cached_prompt(model_kwargs.get("past_key_values"), input_ids, embeds, length)
+        outputs = outputs_of_cached_prompt(model_kwargs.get(CACHE_NAME), input_ids, embeds, length)
         if outputs is not None:
             return outputs
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
@@ -94,12 +114,12 @@ class KimiGenerationMixin(GenerationMixin):
         check_cache_implementation(generation_config.cache_implementation, self.config.layer_types)
         # Older transformers ask for "dynamic_full" where a draft will be taken back.
         wants_default = generation_config.cache_implementation in (None, "dynamic", "dynamic_full")
-        if wants_default and generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = KimiLinearCache(self.config)
+        if wants_default and generation_config.use_cache and model_kwargs.get(CACHE_NAME) is None:
+            model_kwargs[CACHE_NAME] = KimiLinearCache(self.config)
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
-            bound_unbounded_layers(model_kwargs.get("past_key_values"))
-        record_for_drafts(model_kwargs.get("past_key_values"), generation_config, generation_mode)
+            bound_unbounded_layers(model_kwargs.get(CACHE_NAME))
+        record_for_drafts(model_kwargs.get(CACHE_NAME), generation_config, generation_mode)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
         """Refuse, for every way into transformers' continuous batching goes through here.
@@ -136,7 +156,7 @@ class KimiGenerationMixin(GenerationMixin):
         **model_kwargs: Any,
     ) -> Any:
         """Greedy search and sampling: around captured decode steps where the model has them, else as transformers."""
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         expect_text(cache, input_ids.shape[1], generation_config.max_length)
         processors = RememberingProcessors(logits_processor)
         try:

@@ -12,6 +12,7 @@ from transformers.generation import LogitsProcessorList
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from .cache_kimi_linear import KimiLinearCache
+from .transformers_versions import as_argument
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def outputs_of_cached_prompt(
         return None
     held = cache.next_logits
     if length == seen and held is not None and held.seen_tokens == seen and held.logits.shape[0] == input_ids.shape[0]:
-        return MoeCausalLMOutputWithPast(logits=held.logits[:, None], past_key_values=cache)
+        return MoeCausalLMOutputWithPast(logits=held.logits[:, None], **as_argument(cache))
     raise ValueError(
         f"the prompt has {length} tokens and past_key_values holds {seen}: nothing is left to run. Give all tokens of "
         "the conversation, the cached ones and at least one more; or take tokens back with "

@@ -18,6 +18,7 @@ from ..configuration.configuration_kimi_linear import KimiLinearConfig
 from .cache_kimi_linear import KimiLinearCache
 from .input_checks import check_cache, check_mask, check_positions, check_token_ids
 from .sequence_layout import cu_seqlens_of_restarts
+from .transformers_versions import as_argument
 
 # Tokens (times batch) of a segment. At the released shape they take about 4 GiB while they go through a layer, the
 # rows gathered for the experts and KDA's tiles above all; fewer would leave each of 256 experts less than 1,024 rows.
@@ -123,7 +124,7 @@ def forward_in_segments(
             if prompt_progress is not None:
                 prompt_progress(end, length)
     returned = cache if use_cache or past_key_values is not None else None
-    return MoeModelOutputWithPast(last_hidden_state=torch.cat(outputs, dim=1), past_key_values=returned)
+    return MoeModelOutputWithPast(last_hidden_state=torch.cat(outputs, dim=1), **as_argument(returned))
 
 
 __all__ = ["SEGMENT_TOKENS", "forward_in_segments", "segment_bounds", "takes_segments"]
