@@ -14,7 +14,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.modeling import transformers_versions
-from kimi_linear.modeling.cache_kimi_linear import KimiLinearCache
+from kimi_linear.modeling.cache.kimi_linear_cache import KimiLinearCache
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM, KimiLinearForSequenceClassification
 from kimi_linear.modeling.transformers_versions import CACHE_NAME, NEWEST, OLDEST
 
