@@ -12,8 +12,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, pipeline
 from transformers.utils import logging
 
-from ..modeling.transformers_versions import CACHE_NAME
-
 PROMPT = 'The "try" statement'
 QUESTION = "Explain the with statement."
 PROMPT_TOKENS, LONG_TOKENS, NEW_TOKENS = 1024, 8192, 64
@@ -57,7 +55,7 @@ def report_cache_and_prompt_speed(model: Any) -> None:
     start = time.perf_counter()
     output = model(ids[:, :PROMPT_TOKENS], use_cache=True, logits_to_keep=1)
     seconds = time.perf_counter() - start
-    cache, sizes = getattr(output, CACHE_NAME), {}
+    cache, sizes = output.past_key_values, {}
     sizes[PROMPT_TOKENS] = cache_bytes(model.config, cache)
     for begin in range(PROMPT_TOKENS, LONG_TOKENS, PROMPT_TOKENS):
         model(ids[:, begin : begin + PROMPT_TOKENS], past_key_values=cache, logits_to_keep=1)
