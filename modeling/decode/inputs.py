@@ -3,7 +3,7 @@
 import torch
 
 from ...configuration.configuration_kimi_linear import KimiLinearConfig
-from .cache.kimi_linear_cache import KDACacheLayer, KimiLinearCache
+from ..cache.kimi_linear_cache import KDACacheLayer, KimiLinearCache
 
 
 class StepInputs:
