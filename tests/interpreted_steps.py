@@ -11,7 +11,7 @@ from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.kernels.decode.configs import GemvConfig
 from kimi_linear.kernels.gpu.sizes import padded
 from kimi_linear.modeling.decode import path as decode_path
-from kimi_linear.modeling.decode import step as decode_step
+from kimi_linear.modeling.decode import plan as decode_plan
 from kimi_linear.modeling.decode.step import DecodeStep
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
 
@@ -44,7 +44,7 @@ def few_programs(monkeypatch):
         "down_config": lambda columns: GemvConfig(64, padded(columns), 1, 4),
     }
     for name, config in large.items():
-        monkeypatch.setattr(decode_step, name, config)
+        monkeypatch.setattr(decode_plan, name, config)
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def frozen(monkeypatch):
         memo = {id(x): nn.Parameter(x.data, requires_grad=False) for x in model.parameters()}
         memo |= {id(x): x.detach() for x in model.buffers()}
         twin = copy.deepcopy(model, memo)
-        self._model = lambda: twin
+        self.plan._model = lambda: twin
 
     monkeypatch.setattr(DecodeStep, "__init__", captured)
 

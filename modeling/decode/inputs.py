@@ -24,6 +24,13 @@ class StepInputs:
         self._row = config.kv_lora_rank + config.qk_rope_head_dim
         self._recorded = heads * (4 * width + 1)
 
+    def check(self, cache: KimiLinearCache, mask: torch.Tensor | None, length: int) -> None:
+        """Raise ValueError for a cache that `misfit` names or a mask that `check_mask` refuses."""
+        misfit = self.misfit(cache)
+        if misfit is not None:
+            raise ValueError(misfit)
+        self.check_mask(mask, length)
+
     def misfit(self, cache: KimiLinearCache) -> str | None:
         """What about `cache` a step can't read or write in place, in words; or None."""
         length = cache.get_seq_length()

@@ -2,6 +2,7 @@
 
 import threading
 from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,14 @@ from ..cache.kimi_linear_cache import KimiLinearCache
 from ..layers.moe import KimiTopkRouter
 from ..module_watch import ModuleWatch
 from ..plain_modules import Noticing, foreign_methods, hanging
+from .row_parts import RowParts
 from .shapes import released_shapes
 from .step import MAX_STEP_TOKENS, DecodeStep
 
 # New tokens of each sequence that one step takes at most: what the KDA step holds.
 MAX_NEW_TOKENS = 16
+# New tokens of all sequences that steps of `MAX_NEW_TOKENS` take one after the other; more are a prompt.
+MAX_CHUNKED_TOKENS = 64
 # Bytes of the buffers of the steps that are kept, one step per (batch, new tokens). At the released shape the sixteen
 # lengths of one sequence take 200 MB together, so drafts of varying length don't evict one another.
 _KEPT_BYTES = 1 << 29
@@ -66,10 +70,15 @@ class DecodePath:
             self._look_is_due = False
             return self._reason
 
-    def step(self, model: Any, batch: int, tokens: int) -> DecodeStep | None:
+    def step(self, model: Any, batch: int, tokens: int) -> DecodeStep | RowParts | None:
         """The step for `tokens` new tokens of `batch` sequences, captured if need be, or None (see `reason`)."""
-        if tokens > MAX_NEW_TOKENS or batch * tokens > MAX_STEP_TOKENS or self.reason(model) is not None:
+        if tokens > MAX_NEW_TOKENS or self.reason(model) is not None:
             return None
+        if batch * tokens > MAX_STEP_TOKENS:
+            return RowParts(partial(self._kept_step, model), batch, tokens, MAX_STEP_TOKENS // tokens)
+        return self._kept_step(model, batch, tokens)
+
+    def _kept_step(self, model: Any, batch: int, tokens: int) -> DecodeStep:
         with self._lock:
             step = self._steps.get((batch, tokens))
             if step is None:
@@ -98,8 +107,6 @@ def _changing_reason(model: Any) -> str | None:
     layers = model.config.num_hidden_layers
     if len(model.model.layers) != layers:
         return f"only {layers} of {len(model.model.layers)} layers are in use (early exit)"
-    if model.training:
-        return "the model is in training mode; call model.eval()"
     if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return "the layers are being compiled or captured"
     kind, dtype = _device_of(model).type, model.lm_head.weight.dtype
@@ -130,8 +137,6 @@ def _changed_scalar(module: nn.Module, config: Any) -> str | None:
         replaced = foreign_methods(module)
         if replaced:
             return f"has a method of its own ({replaced[0]})"
-        if module.training:
-            return "is in training mode"
     if isinstance(module, KimiTopkRouter):
         chosen = (module.top_k, module.num_experts, module.num_groups == module.topk_group)
         if chosen != (config.num_experts_per_token, config.num_experts, True):
@@ -173,8 +178,11 @@ def serves(
     """Whether a forward call with these arguments is one that steps can answer: a few tokens over a cache of ours."""
     if not isinstance(cache, KimiLinearCache) or cache.get_seq_length() == 0 or input_ids is None:
         return False
-    if input_ids.ndim != 2 or not 0 < input_ids.numel() <= MAX_STEP_TOKENS or torch.is_grad_enabled():
+    if input_ids.ndim != 2 or input_ids.numel() == 0 or torch.is_grad_enabled():
         return False
+    tokens, most = input_ids.shape[1], MAX_STEP_TOKENS if input_ids.shape[1] <= MAX_NEW_TOKENS else MAX_CHUNKED_TOKENS
+    if tokens > 1 and input_ids.numel() > most:
+        return False  # a prompt
     if attention_mask is not None and (not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2):
         return False
     for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
@@ -196,4 +204,4 @@ def step_mask(attention_mask: torch.Tensor | None, new_tokens: int) -> tuple[boo
     return bool(new), None if whole else mask
 
 
-__all__ = ["MAX_NEW_TOKENS", "DecodePath", "serves", "step_mask"]
+__all__ = ["MAX_CHUNKED_TOKENS", "MAX_NEW_TOKENS", "DecodePath", "serves", "step_mask"]

@@ -9,7 +9,7 @@ from transformers.generation import GenerationMixin
 
 from ..cache.kimi_linear_cache import KimiLinearCache
 from ..decode.loop import can_sample_with_steps, sample_with_steps
-from ..decode.path import MAX_NEW_TOKENS, serves, step_mask
+from ..decode.path import MAX_CHUNKED_TOKENS, MAX_NEW_TOKENS, serves, step_mask
 from ..decode.step import MAX_STEP_TOKENS
 from ..input_checks import check_cache, check_mask, check_token_ids
 from ..plain_modules import hanging_on_root, own_method
@@ -34,7 +34,8 @@ class KimiGenerationMixin(GenerationMixin):
         within = "" if loop is None else f", one forward at a time, since the model {loop}"
         return (
             f"captured steps{within}: {MAX_NEW_TOKENS} new tokens of a sequence and {MAX_STEP_TOKENS} of all sequences "
-            f"at a time; up to {MAX_STEP_TOKENS} in all are taken in several steps, more layer by layer"
+            f"at a time; larger batches are cut by rows, up to {MAX_CHUNKED_TOKENS} new tokens in all are taken in "
+            "several steps, and more are a prompt, which goes layer by layer"
         )
 
     def _reason_for_library_loop(self) -> str | None:
@@ -155,7 +156,7 @@ class KimiGenerationMixin(GenerationMixin):
             self._decode.look_again()  # a prompt, or what steps don't answer: there is time for it
             return None
         batch_size, length = input_ids.shape
-        parts = input_ids.split(min(MAX_NEW_TOKENS, MAX_STEP_TOKENS // batch_size), dim=1)
+        parts = input_ids.split(max(1, min(MAX_NEW_TOKENS, MAX_STEP_TOKENS // batch_size)), dim=1)
         step = self._decode.step(self, *parts[0].shape)
         if step is None:
             return None

@@ -184,9 +184,6 @@ def test_reasons(model, stepping):
     def reason():
         return model.decode_path.removeprefix("layer by layer: ")
 
-    model.train()
-    assert "training mode" in reason()
-    model.eval()
     handle = model.model.layers[0].register_forward_hook(lambda *args: None)
     assert "model.layers.0 has a hook" in reason()
     handle.remove()
@@ -200,6 +197,18 @@ def test_reasons(model, stepping):
     assert "Sequential" in reason()
     layer.up_proj = plain
     assert reason().startswith("captured steps")
+
+
+def test_training_mode_takes_steps_too(model, stepping):
+    """RL loops generate in training mode: nothing in the model depends on it but the counts of routed tokens."""
+    expected = greedy(model)
+    steps = len(stepping)
+    model.train()
+    try:
+        assert torch.equal(greedy(model), expected)
+    finally:
+        model.eval()
+    assert len(stepping) == 2 * steps
 
 
 def test_replaced_weights_are_seen(model, stepping):
@@ -224,10 +233,10 @@ def test_inference_mode_and_a_model_that_goes(stepping):
         expected = greedy(model)
     assert torch.equal(greedy(model), expected)
     step = model._decode.step(model, 2, 1)
-    assert step._model() is model
+    assert step.plan._model() is model
     del model
     gc.collect()
-    assert step._model() is None
+    assert step.plan._model() is None
 
 
 def test_interruption_leaves_the_model_usable(model, stepping):
