@@ -178,20 +178,25 @@ class DecodeStep:
     def run(self, copy: Callable[[torch.Tensor], torch.Tensor] = torch.clone) -> torch.Tensor:
         """`copy` of the logits [batch, tokens, vocab_size] after `prepare`; the next run overwrites the original."""
         self._past_on_device = -1  # until `commit`: an interruption leaves it unknown
-        logits = self.plan.logits.view(self.batch, self.tokens, -1)
-        if self._graph is None:
-            self.plan.launch()
-            return copy(logits)
+        stream = None if self._done is None else self._stream_of_run()
+        try:
+            if self._graph is None:
+                self.plan.launch()
+            else:
+                self._graph.replay()
+            return copy(self.plan.logits.view(self.batch, self.tokens, -1))
+        finally:
+            if stream is not None:
+                self._done.record(stream)  # after the copy: a run in another stream waits for it too
+
+    def _stream_of_run(self) -> torch.cuda.Stream:
+        """The current stream, in which the buffers are in use from now on: a step may be dropped while it runs."""
         stream = torch.cuda.current_stream(self.device)
-        if stream.cuda_stream not in self._streams:  # else the memory of a step that is dropped could be given away
+        if stream.cuda_stream not in self._streams:
             for buffer in self.plan.buffers():
                 buffer.record_stream(stream)
             self._streams.add(stream.cuda_stream)
-        try:
-            self._graph.replay()
-            return copy(logits)
-        finally:
-            self._done.record(stream)  # after the copy: a run in another stream waits for it too
+        return stream
 
     def commit(self, cache: KimiLinearCache) -> None:
         """Let `cache` count the tokens of the last `run`. Called again after an interruption, it goes on."""
