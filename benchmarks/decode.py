@@ -104,7 +104,7 @@ def measure(model: Any, case: str, verify: list[int]) -> dict[str, Any]:
     row: dict[str, Any] = {"case": case, "capture_s": time.perf_counter() - start}
     cache = random_cache(model, batch, context)
     row["step_ms"] = replay_ms(step, cache)
-    row["experts_read"] = int(step.plan.chosen.unique().numel())
+    row["experts_read"] = max(int(plan.chosen.unique().numel()) for plan in step.plans)
     row["limit_ms"] = step_bytes(model, batch, context) / read_bandwidth() * 1e3
     torch.cuda.reset_peak_memory_stats()
     count = LARGE_BATCH_NEW_TOKENS if batch >= LARGE_BATCH else NEW_TOKENS

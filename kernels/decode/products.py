@@ -12,6 +12,7 @@ the L2 from some hundred tokens on. N tokens, H heads, D and V widths of keys an
 import torch
 
 
+@torch.no_grad()
 def library_linear(
     x: torch.Tensor,
     weights: list[torch.Tensor],
@@ -41,6 +42,7 @@ def library_linear(
         begin += M
 
 
+@torch.no_grad()
 def library_absorb(p: torch.Tensor, kv_b: torch.Tensor, q: torch.Tensor, D: int) -> None:
     """Queries p [N, at least H (D + S)], rows dense, to q [N, H, R + S]; kv_b is [H (D + V), R]."""
     N, H, width = q.shape
@@ -51,6 +53,7 @@ def library_absorb(p: torch.Tensor, kv_b: torch.Tensor, q: torch.Tensor, D: int)
     q[:, :, R:].copy_(queries[:, :, D:])
 
 
+@torch.no_grad()
 def library_values(latent: torch.Tensor, kv_b: torch.Tensor, o: torch.Tensor) -> None:
     """Latent outputs [N, H, R] to values o [N, H, V], both in kv_b's dtype; kv_b is [H (D + V), R]."""
     _, H, V = o.shape

@@ -7,6 +7,7 @@ import torch
 
 from ..cache.kimi_linear_cache import KimiLinearCache
 from .inputs import StepInputs
+from .plan import StepPlan
 from .step import DecodeStep
 
 
@@ -34,6 +35,11 @@ class RowParts:
         self.device, self.inputs = first.device, StepInputs(first.config, batch, first.dtype, first.device)
         self._given: tuple[KimiLinearCache, torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None = None
         self._has_run = False
+
+    @property
+    def plans(self) -> list[StepPlan]:
+        """Of the parts."""
+        return [step.plan for step in self._steps]
 
     @property
     def lock(self) -> AbstractContextManager[None]:

@@ -56,6 +56,11 @@ class DecodeStep:
             self._capture()
 
     @property
+    def plans(self) -> list[StepPlan]:
+        """The step's one plan, as `RowParts` has several."""
+        return [self.plan]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the buffers that pass between launches."""
         return sum(x.nbytes for x in self.plan.buffers())
