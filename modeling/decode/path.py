@@ -21,7 +21,7 @@ from .step import MAX_STEP_TOKENS, DecodeStep
 # New tokens of each sequence that one step takes at most: what the KDA step holds.
 MAX_NEW_TOKENS = 16
 # Bytes of the buffers of the steps that are kept, one step per (batch, new tokens). At the released shape the sixteen
-# lengths of one sequence take 200 MB together, so drafts of varying length don't evict one another.
+# lengths of one sequence take 304 MiB together, so drafts of varying length don't evict one another.
 _KEPT_BYTES = 1 << 29
 
 
