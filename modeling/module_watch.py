@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 from .plain_modules import Noticing, classes_are_as_listed, count_registrations, events
 
@@ -39,9 +40,12 @@ class ModuleWatch:
         self._lengths = list(map(len, self._dicts))
         self._leaves = [module.__dict__ for module in modules[1:] if not isinstance(module, Noticing)]
         self._leaf_lengths = list(map(len, self._leaves))
+        self._own = [module.__dict__ for module in modules[1:] if isinstance(module, Noticing)]
+        self._own_copies = [dict(held) for held in self._own]
         members = [(module._parameters, module._buffers, module._modules) for module in modules]
         hooks = [(module._forward_hooks, module._forward_pre_hooks) for module in modules[1:]]
         self._tables = [table for tables in members for table in tables if table] + list(itertools.chain(*hooks))
+        self._tables += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
         self._table_copies = [dict(table) for table in self._tables]
         self._config = model.config.__dict__
         self._config_copy = dict(self._config)
@@ -61,7 +65,7 @@ class ModuleWatch:
         return list(map(torch.Tensor.data_ptr, tensors)), list(map(_dtype_of, tensors))
 
     def seems_same(self, model: nn.Module) -> bool:
-        """The cheap look: whether nothing that is counted has happened since `keep` (some microseconds)."""
+        """The cheap look: whether nothing that is counted has happened since the last look (some microseconds)."""
         return (
             self._model is not None
             and self._model() is model
@@ -72,14 +76,25 @@ class ModuleWatch:
         )
 
     def is_same(self, model: nn.Module) -> bool:
-        """The whole look: as `seems_same`, and every module, hook, parameter and buffer is the same object in place."""
-        return (
-            self.seems_same(model)
+        """The whole look: every module, attribute, hook, parameter and buffer is the same object in its place.
+
+        What was counted may have been about another model: where nothing here is changed, it is forgotten.
+        """
+        if self._model is None or self._model() is not model:
+            return False
+        now = events()
+        is_same = (
+            (now == self._events or _equal(self._own, self._own_copies))
             and list(map(len, self._dicts)) == self._lengths
             and _equal(self._tables, self._table_copies)
+            and _equal(self._config, self._config_copy)
+            and classes_are_as_listed()
             and self._where(self._tensors) == (self._addresses, self._dtypes)
             and all(map(torch.Tensor.is_contiguous, self._tensors))
         )
+        if is_same:
+            self._events = now
+        return is_same
 
 
 def _equal(now: Any, kept: Any) -> bool:

@@ -25,7 +25,7 @@ MAX_NEW_TOKENS = 16
 # New tokens of all sequences that steps of `MAX_NEW_TOKENS` take one after the other; more are a prompt.
 MAX_CHUNKED_TOKENS = 64
 # Bytes of the buffers of the steps that are kept, one step per (batch, new tokens). At the released shape the sixteen
-# lengths of one sequence take 200 MB together, so drafts of varying length don't evict one another.
+# lengths of one sequence take 304 MiB together, so drafts of varying length don't evict one another.
 _KEPT_BYTES = 1 << 29
 
 
@@ -56,12 +56,17 @@ class DecodePath:
         After `look_again`, or while there is a reason, every module and tensor is looked at; else only what counts
         changes. Steps that were made from other weights or modules are dropped.
         """
-        changing = _changing_reason(model)
-        if changing is not None:
-            return changing
+        passing = _passing_reason(model)
+        if passing is not None:
+            return passing
         with self._lock:
             whole = self._look_is_due or self._reason is not None
-            if not (self._watch.is_same(model) if whole else self._watch.seems_same(model)):
+            if not whole and self._watch.seems_same(model):
+                return None
+            layers = model.config.num_hidden_layers
+            if len(model.model.layers) != layers:
+                return f"only {layers} of {len(model.model.layers)} layers are in use (early exit)"
+            if not self._watch.is_same(model):
                 made_from = self._watch.keep(model)
                 if made_from != self._made_from:
                     self._steps.clear()
@@ -100,18 +105,16 @@ def _device_of(model: Any) -> torch.device:
     return weight.device if isinstance(weight, torch.Tensor) else torch.device("cpu")
 
 
-def _changing_reason(model: Any) -> str | None:
-    """What a user can switch from one call to the next."""
+def _passing_reason(model: Any) -> str | None:
+    """What no look at the modules shows: the state of this thread, and the device."""
     if not gpu_has_kernels(model):
         return f"the kernels need Triton and an NVIDIA GPU from sm_80 on; the model is on {_device_of(model)}"
-    layers = model.config.num_hidden_layers
-    if len(model.model.layers) != layers:
-        return f"only {layers} of {len(model.model.layers)} layers are in use (early exit)"
     if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return "the layers are being compiled or captured"
-    kind, dtype = _device_of(model).type, model.lm_head.weight.dtype
-    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype:
-        return f"autocast to {torch.get_autocast_dtype(kind)} is on, and the parameters are {dtype}"
+    kind = _device_of(model).type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != model.lm_head.weight.dtype:
+        dtypes = torch.get_autocast_dtype(kind), model.lm_head.weight.dtype
+        return "autocast to {} is on, and the parameters are {}".format(*dtypes)
     return None
 
 

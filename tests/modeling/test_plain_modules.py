@@ -217,6 +217,17 @@ def test_a_forward_replaced_on_a_class_is_noticed(model, monkeypatch):
     assert watch.seems_same(model)
 
 
+def test_changes_of_another_model_cost_one_whole_look(model, load_tiny):
+    watch, other = ModuleWatch(), load_tiny("hybrid")
+    watch.keep(model)
+    other.model.layers[0].register_forward_hook(print)
+    other.lm_head.weight = nn.Parameter(torch.zeros(128, 64))
+    other.half()
+    assert not watch.seems_same(model) and watch.is_same(model) and watch.seems_same(model)
+    model.model.norm.variance_epsilon = 0.5
+    assert not watch.is_same(model) and not watch.seems_same(model) and not watch.is_same(model)
+
+
 def test_training_counts_of_routers_are_no_change(model, random_ids):
     watch = ModuleWatch()
     model.train()

@@ -46,6 +46,7 @@ INTERPRETED = [
     "modeling/decode/test_large_batches_interpreted.py",
     "modeling/decode/test_step_wholeness_interpreted.py",
     "modeling/decode/test_steps_hooked_interpreted.py",
+    "modeling/decode/test_step_buffers_interpreted.py",
     "kernels/test_limits_interpreted.py",
 ]
 

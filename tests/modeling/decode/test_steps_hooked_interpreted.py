@@ -5,6 +5,7 @@ Run by test_decode_kernels.py. Logits in fp32 agree as in test_decode_step_inter
 """
 
 import os
+from collections import OrderedDict
 from functools import partial
 
 import pytest
@@ -275,6 +276,35 @@ def test_masks_of_any_layout(layout, stepping):
     if layout == "strided":
         with pytest.raises(ValueError, match="dense in its last dimension"):
             model._decode.step(model, 2, 1).prepare(cache, new, wide[:, ::2])
+
+
+def test_masks_elsewhere_are_refused_by_the_step(stepping):
+    """A step reads the mask by address: one on another device would hand it an address of that device."""
+    inputs = make_model()._decode.step(make_model(), 2, 1).inputs
+    inputs.check_mask(torch.ones(1, 9, dtype=torch.bool).expand(2, 9), 7)
+    for mask, what in (
+        (torch.ones(2, 7, dtype=torch.bool, device="meta"), "on meta"),
+        (torch.ones(2, 7), "torch.float32"),
+        (torch.ones(2, 6, dtype=torch.bool), r"at least 7\] on cpu.*got \[2, 6\]"),
+        (torch.ones(1, 7, dtype=torch.bool), r"got \[1, 7\]"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            inputs.check_mask(mask, 7)
+
+
+def test_steps_are_dropped_within_the_lock(stepping):
+    class Watched(OrderedDict):
+        def clear(self):
+            assert path._lock._is_owned()
+            super().clear()
+            cleared.append(True)
+
+    model, cleared = make_model(), []
+    path = model._decode
+    step = path.step(model, 1, 1)
+    path._steps = Watched(path._steps)
+    model.model.norm.variance_epsilon = 0.1
+    assert path.step(model, 1, 1) is not step and cleared == [True]
 
 
 @torch.no_grad()
