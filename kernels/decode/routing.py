@@ -1,5 +1,5 @@
 """
-Decode step: which experts the tokens go to (reference section 3.4; arXiv 2408.15664).
+Decode step: which experts the tokens go to (docs/checkpoint.md, "Experts"; arXiv 2408.15664).
 
     s = sigmoid(logits), c = s + bias       the TOPK experts of largest c, ties to the lower index
     w = s or c of the chosen, divided by their sum + 1e-20 (if renormalised), times the scaling factor

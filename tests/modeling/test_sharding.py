@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -18,8 +19,6 @@ from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
 
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
-
-accelerate = pytest.importorskip("accelerate", reason="sharding needs accelerate (in the dev and multi-gpu extras)")
 
 BOUND = {"atol": 1e-4, "rtol": 1e-4}
 CONFIG = TINY_CONFIGS["interleaved"]
