@@ -333,6 +333,7 @@ print(json.dumps({"peak": peak - before, "weights": weights, "layer": layer}))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads RssAnon of /proc/self/status (Linux)")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"], ids=["as stored", "cast"])
+@pytest.mark.processes
 def test_loading_peaks_at_one_copy_of_the_weights_and_a_layer(tiny_folder, tmp_path, dtype):
     config = tiny_config(
         kda_layers=(1, 2, 4, 5),
