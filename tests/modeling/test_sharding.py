@@ -13,6 +13,7 @@ import accelerate
 import pytest
 import torch
 import transformers
+from tensor_files import assert_same_tensors, read_folder
 from tiny_checkpoints import TINY_CONFIGS
 from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
 
@@ -98,8 +99,6 @@ def test_dispatching_a_loaded_model(load_tiny, shared_tiny, random_ids, tmp_path
     reason="transformers 5.10 looks for offloaded weights under their names on disk, for every model it converts",
 )
 def test_an_offloaded_model_saves_the_released_tensors(offloaded, tiny_folder, tmp_path):
-    from test_checkpoints import assert_same_tensors, read_folder
-
     offloaded.save_pretrained(tmp_path / "saved")
     assert_same_tensors(read_folder(tmp_path / "saved"), read_folder(tiny_folder("interleaved")))
 

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from test_cache_wholeness import Injected, Stops, raises_at, rule_raises_at
+from failures import Injected, Stops, raises_at, rule_raises_at
 from test_decode_step_interpreted import close, few_programs, make_model, model, stepping  # noqa: F401
 
 from kimi_linear.modeling.cache.kimi_linear_cache import KimiLinearCache
