@@ -15,7 +15,6 @@ The ops are torch custom operators with fake implementations, so that compiled g
 backward yet: differentiating through them raises.
 """
 
-import re
 from functools import lru_cache, partial
 from typing import Any
 
@@ -26,6 +25,7 @@ from ..gpu.availability import interpreted, is_available, serves
 from ..gpu.classes import gpu_class
 from ..gpu.compile_threads import compile_side_by_side
 from ..gpu.launching import launching_on
+from ..gpu.operator_names import operator_namespace
 from ..gpu.sizes import padded
 from .checks import check_cu_seqlens, check_kda_inputs
 from .configs import inter_config, intra_config, step_config
@@ -35,9 +35,7 @@ from .intra import kda_intra_fwd
 from .step import kda_step_fwd
 from .streams import Lanes, runs_beside, segments
 
-# This file may be loaded twice in a process (from the package and from a Hub folder): each copy registers under its
-# own name.
-_NAMESPACE = "kda_" + re.sub(r"\W", "_", __name__)
+_NAMESPACE = operator_namespace("kda", __name__)
 # Boundaries of packed sequences whose values were read and found right: tensor -> (version, tokens).
 _CHECKED = WeakTensorKeyDictionary()
 
