@@ -213,6 +213,7 @@ def kda_step_fwd(
     beta: torch.Tensor,
     gate: torch.Tensor,
     o: torch.Tensor,
+    *,
     weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     windows: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
     A_log: torch.Tensor,
