@@ -1,16 +1,12 @@
-"""Steps of many rows against the layers, in Triton's interpreter: run by test_decode_kernels.py.
+"""Steps of many rows against the layers, in Triton's interpreter.
 
 Products go to the library from 65 tokens on, and batches are cut by rows from 513 on; here both limits are lower.
 Logits in fp32 agree to 1e-5 of their norm, as in test_decode_step_interpreted.py.
 """
 
-import os
-
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1; test_decode_kernels.py runs this file so", allow_module_level=True)
 pytest.importorskip("triton")
 
 from interpreted_steps import close, few_programs, layer_by_layer, make_model, same_cache, stepping

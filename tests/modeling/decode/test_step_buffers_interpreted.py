@@ -5,13 +5,9 @@ Run by test_decode_kernels.py. The bits must be those of the same step without a
 test_decode_step_interpreted.py compares with the layers.
 """
 
-import os
-
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1; test_decode_kernels.py runs this file so", allow_module_level=True)
 pytest.importorskip("triton")
 
 from interpreted_steps import MASK, PROMPT, few_programs, make_model
