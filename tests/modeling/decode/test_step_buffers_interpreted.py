@@ -40,12 +40,12 @@ class Guarded:
         return all(bool((part.isnan() if band != band else part == band).all()) for part, band in bands)
 
 
-def guard_step(step, guarded):
-    for name, x in list(vars(step).items()):
+def guard_step(plan, guarded):
+    for name, x in list(vars(plan).items()):
         if isinstance(x, torch.Tensor):
-            setattr(step, name, guarded.copy(x, keep=False))
-    step.groups = tuple(guarded.copy(x.fill_(-7)) for x in step.groups)
-    step.chosen.fill_(-7)
+            setattr(plan, name, guarded.copy(x, keep=False))
+    plan.groups = tuple(guarded.copy(x.fill_(-7)) for x in plan.groups)
+    plan.chosen.fill_(-7)
 
 
 def guard_cache(cache, guarded):
@@ -78,7 +78,7 @@ def test_nothing_is_read_before_it_is_written_nor_written_outside(batch, tokens,
             held.activate_past_recording()
         model.model(prompt, attention_mask=mask, past_key_values=held)
     step, plain = DecodeStep(model, batch, tokens), DecodeStep(model, batch, tokens)
-    guard_step(step, guarded)
+    guard_step(step.plan, guarded)
     guard_cache(cache, guarded)
     for i in range(2):
         new = (torch.arange(batch * tokens).view(batch, tokens) * 7 + 5 * i) % 120
