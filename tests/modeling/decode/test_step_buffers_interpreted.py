@@ -1,17 +1,13 @@
 """
 A step's buffers and the cache's, filled with NaN and between guard bands: in Triton's interpreter.
 
-Run by test_decode_kernels.py. The bits must be those of the same step without all that, which
+The bits must be those of the same step without all that, which
 test_decode_step_interpreted.py compares with the layers.
 """
-
-import os
 
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1; test_decode_kernels.py runs this file so", allow_module_level=True)
 pytest.importorskip("triton")
 
 from interpreted_steps import MASK, PROMPT, few_programs, make_model

@@ -1,18 +1,15 @@
 """
 Nothing that hangs on the model is passed over by captured steps: in Triton's interpreter, against the layers.
 
-Run by test_decode_kernels.py. Logits in fp32 agree as in test_decode_step_interpreted.py.
+Logits in fp32 agree as in test_decode_step_interpreted.py.
 """
 
-import os
 from collections import OrderedDict
 from functools import partial
 
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1; test_decode_kernels.py runs this file so", allow_module_level=True)
 pytest.importorskip("triton")
 
 from interpreted_steps import (
