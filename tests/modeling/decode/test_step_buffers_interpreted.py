@@ -1,7 +1,7 @@
 """
 A step's buffers and the cache's, filled with NaN and between guard bands: in Triton's interpreter.
 
-Run by test_decode_kernels.py. The bits must be those of the same step without all that, which
+The bits must be those of the same step without all that, which
 test_decode_step_interpreted.py compares with the layers.
 """
 

@@ -1,7 +1,7 @@
 """
 Nothing that hangs on the model is passed over by captured steps: in Triton's interpreter, against the layers.
 
-Run by test_decode_kernels.py. Logits in fp32 agree as in test_decode_step_interpreted.py.
+Logits in fp32 agree as in test_decode_step_interpreted.py.
 """
 
 from collections import OrderedDict

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kimi_linear.kernels.prompt.attention_lse import attention_with_lse
 from kimi_linear.modeling.cache.kimi_linear_cache import KimiLinearCache
 
 
@@ -15,6 +16,15 @@ def test_the_router_stays_in_fp32(model):
     with torch.autocast("cpu", torch.bfloat16):
         outputs = gate(x)
     assert outputs[0].dtype == outputs[1].dtype == torch.float32
+    assert all(torch.equal(output, wanted) for output, wanted in zip(outputs, expected))
+
+
+def test_attention_by_blocks_takes_keys_of_another_dtype():
+    """PyTorch's GPU operators would read fp32 keys as the query's bf16, so they are cast for them on every device."""
+    query, key, value = torch.randn(3, 1, 2, 5, 16, generator=torch.Generator().manual_seed(0))
+    query, rounded = query.bfloat16(), (key.bfloat16(), value.bfloat16())
+    expected = attention_with_lse(query, *rounded, causal=True, scale=0.3)
+    outputs = attention_with_lse(query, key, value, causal=True, scale=0.3)
     assert all(torch.equal(output, wanted) for output, wanted in zip(outputs, expected))
 
 
