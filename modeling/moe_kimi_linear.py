@@ -1,5 +1,8 @@
 """Feed-forward layers: the gated MLP and the mixture of experts with shared expert (arXiv 2510.26692, section 4)."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -9,6 +12,7 @@ from ..configuration.configuration_kimi_linear import KimiLinearConfig
 from ..kernels.fused_path import fused_path_serves
 from ..kernels.moe_experts import grouped_experts, grouped_experts_serve
 from ..kernels.moe_triton import route_fwd, silu_mul_fwd
+from .expert_loading import expect_filled, read_released_experts
 
 
 class KimiMLP(nn.Module):
@@ -40,9 +44,32 @@ class KimiExperts(nn.Module):
         self.num_experts = config.num_experts
         self.hidden_dim = config.hidden_size
         self.intermediate_dim = config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.gate_up_proj = self._unfilled(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim)
+        self.down_proj = self._unfilled(self.num_experts, self.hidden_dim, self.intermediate_dim)
         self.act_fn = nn.SiLU()
+        self._may_be_unfilled = True
+        self._rows_arrived: dict[str, Any] = {}  # of a load_state_dict in the released layout that is not complete
+        self.register_load_state_dict_pre_hook(read_released_experts)
+
+    @staticmethod
+    def _unfilled(*shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.full(shape, torch.nan))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "KimiExperts":
+        was_meta = self.gate_up_proj.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self.gate_up_proj.is_meta:  # `to_empty`: what its memory held may look like weights
+            with torch.no_grad():
+                self.gate_up_proj.fill_(torch.nan)
+                self.down_proj.fill_(torch.nan)
+            self._may_be_unfilled = True
+        return self
+
+    def check_filled(self) -> None:
+        """Raise ValueError at the first forward if nothing has filled the parameters."""
+        if self._may_be_unfilled and not torch.compiler.is_compiling():
+            expect_filled(self)
+            self._may_be_unfilled = False
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -184,6 +211,8 @@ class KimiSparseMoeBlock(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, T, hidden_size] -> the same shape."""
+        if type(self.experts) is KimiExperts:
+            self.experts.check_filled()
         tokens = hidden_states.flatten(0, -2)
         _, weights, experts = self.gate(tokens)
         if self._takes_grouped(tokens):
