@@ -122,10 +122,8 @@ def _fill(experts: nn.Module, name: str, rows: Rows, assign: bool) -> torch.Tens
     elif complete:
         loaded = _stack(experts, name, rows)
         if hasattr(parameter, "placements"):
-            from torch.distributed.tensor import distribute_tensor
-
             # Every rank has read the whole file: no rank needs to send its part to another.
-            loaded = distribute_tensor(
+            loaded = torch.distributed.tensor.distribute_tensor(
                 loaded.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
             )
     experts._rows_arrived[name] = rows

@@ -99,6 +99,15 @@ def check_cache(cache: Any, config: KimiLinearConfig, batch_size: int) -> None:
             _check_held(index, "shared keys", shared, batch_size, (1, None, config.qk_rope_head_dim))
 
 
+def check_no_cache_to_recompute(cache: Any) -> None:
+    """Raise ValueError if `cache` is given while layers are checkpointed: recomputing them would fill it twice."""
+    if cache is not None:
+        raise ValueError(
+            "past_key_values and gradient checkpointing exclude one another: leave out the cache, call the model under "
+            "torch.no_grad(), or call gradient_checkpointing_disable()"
+        )
+
+
 def _check_held(index: int, what: str, held: Any, batch_size: int, shape: tuple[int | None, ...]) -> None:
     """Raise ValueError unless a cached tensor is [batch_size, *shape]; None in `shape` fits any length."""
     if not isinstance(held, torch.Tensor) or held.ndim != len(shape) + 1:
@@ -146,4 +155,12 @@ def check_mask(attention_mask: Any, batch_size: int, length: int, past_length: i
         )
 
 
-__all__ = ["check_cache", "check_embeddings", "check_labels", "check_mask", "check_positions", "check_token_ids"]
+__all__ = [
+    "check_cache",
+    "check_embeddings",
+    "check_labels",
+    "check_mask",
+    "check_no_cache_to_recompute",
+    "check_positions",
+    "check_token_ids",
+]

@@ -1,12 +1,10 @@
 """Kimi Linear for Hugging Face transformers: decoder, language model and sequence classifier (arXiv 2510.26692)."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -27,6 +25,7 @@ from .input_checks import (
     check_embeddings,
     check_labels,
     check_mask,
+    check_no_cache_to_recompute,
     check_positions,
     check_token_ids,
 )
@@ -36,8 +35,9 @@ from .mla_attention import KimiMLAAttention
 from .moe_kimi_linear import KimiExperts, KimiMLP, KimiSparseMoeBlock, KimiTopkRouter
 from .norms_kimi_linear import KimiRMSNorm
 from .prompt_segments import forward_in_segments, takes_segments
+from .released_checkpoint import ReleasedCheckpointMixin
 from .sequence_layout import PaddingLayout, cu_seqlens_of_restarts, position_ids_of_packed
-from .weight_conversion import conversions_for_loading, damaged_file_error, released_layout_conversions
+from .weight_conversion import released_layout_conversions
 
 logger = logging.get_logger(__name__)
 
@@ -47,6 +47,7 @@ class KimiDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: KimiLinearConfig, layer_idx: int) -> None:
         super().__init__()
+        self._recomputes = False
         self.is_kda = config.layer_types[layer_idx] == "linear_attention"
         self.is_moe = config.mlp_layer_types[layer_idx] == "sparse"
         self.self_attn = (KimiDeltaAttention if self.is_kda else KimiMLAAttention)(config, layer_idx)
@@ -56,6 +57,29 @@ class KimiDecoderLayer(GradientCheckpointingLayer):
             self.mlp = KimiMLP(config.hidden_size, config.intermediate_size)
         self.input_layernorm = KimiRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = KimiRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether to recompute this layer in backward: as set, but never where there is none.
+
+        Before 5.24 transformers asks this in training mode without gradients too, and takes the cache away for it.
+        """
+        return self._recomputes and torch.is_grad_enabled()
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self._recomputes = value
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`forward` with hooks and checkpointing; the first pass of a reentrant checkpoint runs without gradients."""
+        if not (self.is_moe and self.training and self.gradient_checkpointing):
+            return super().__call__(*args, **kwargs)
+        router = self.block_sparse_moe.gate
+        router.in_checkpoint = True
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            router.in_checkpoint = False
 
     def forward(
         self,
@@ -91,7 +115,7 @@ class KimiDecoderLayer(GradientCheckpointingLayer):
         return residual + hidden_states
 
 
-class KimiLinearPreTrainedModel(PreTrainedModel):
+class KimiLinearPreTrainedModel(ReleasedCheckpointMixin, PreTrainedModel):
     """Weight initialisation, loading from the released layout, and what transformers asks about the architecture."""
 
     config: KimiLinearConfig
@@ -101,7 +125,8 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["KimiDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     # Kept in fp32 when the model is loaded in bf16 or fp16: rounding A_log changes exp(A_log) by up to 0.9%.
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
+    # Correction biases move by 1e-3 in training, less than bf16 can tell apart.
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "e_score_correction_bias"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -145,15 +170,6 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         """True. transformers would look for the decorator in the text of this file, but the experts have their own."""
         return True
-
-    @staticmethod
-    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, **kwargs: Any):
-        mapping = conversions_for_loading(load_config.weight_mapping, load_config.hf_quantizer, model)
-        load_config = dataclasses.replace(load_config, weight_mapping=mapping)
-        try:
-            return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs)
-        except SafetensorError as error:
-            raise damaged_file_error(checkpoint_files, error) from error
 
     def update_correction_biases(self, rate: float = 1e-3) -> None:
         """Balance the experts of every MoE layer (arXiv 2408.15664); call it after each optimiser step.
@@ -235,6 +251,8 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
         cu_seqlens, position_ids = self._packing(
             batch_size, length, attention_mask, position_ids, past_key_values, kwargs.get("cu_seq_lens_q")
         )
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            check_no_cache_to_recompute(past_key_values)
         if cu_seqlens is not None:
             use_cache = False  # packed sequences would need a state each
         if use_cache and past_key_values is None:

@@ -13,6 +13,7 @@ from ..kernels.fused_path import fused_path_serves
 from ..kernels.moe_experts import grouped_experts, grouped_experts_serve
 from ..kernels.moe_triton import route_fwd, silu_mul_fwd
 from .expert_loading import expect_filled, read_released_experts
+from .fp32_parameters import keeping_fp32
 
 
 class KimiMLP(nn.Module):
@@ -99,7 +100,8 @@ class KimiTopkRouter(nn.Module):
     """Sigmoid router in fp32 with a correction bias that steers the choice of experts, not their weights.
 
     The bias (auxiliary-loss-free balancing, arXiv 2408.15664) is a buffer: no gradient reaches it. In training mode
-    the router counts the tokens that each expert gets, until `update_correction_bias` uses and clears the counts.
+    with gradients the router counts the tokens that each expert gets; `update_correction_bias` uses the counts and clears
+    them.
     """
 
     def __init__(self, config: KimiLinearConfig) -> None:
@@ -112,8 +114,12 @@ class KimiTopkRouter(nn.Module):
         self.scaling_factor = config.routed_scaling_factor
         self.biased_weights = config.router_weight_uses_score_correction_bias
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
-        self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts))
+        self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts, dtype=torch.float32))
         self.tokens_per_expert: torch.Tensor | None = None
+        self.in_checkpoint = False  # set by the layer: its first pass may be without gradients
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "KimiTopkRouter":
+        return super()._apply(keeping_fp32(fn, self.e_score_correction_bias), recurse)
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Choose experts (reference section 3.4).
@@ -141,7 +147,7 @@ class KimiTopkRouter(nn.Module):
         weights = (biased if self.biased_weights else scores).gather(1, experts)
         if self.renormalize:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        if self.training:
+        if self.training and self._is_training_pass():
             self._count(experts)
         return logits, weights * self.scaling_factor, experts
 
@@ -169,6 +175,12 @@ class KimiTopkRouter(nn.Module):
         chosen = torch.zeros(grouped.shape[:-1], dtype=torch.bool, device=biased.device).scatter_(1, best_groups, True)
         return grouped.masked_fill(~chosen[..., None], float("-inf")).flatten(1)
 
+    def _is_training_pass(self) -> bool:
+        """Whether this pass is one to count: neither generation in training mode nor a checkpoint's recomputation."""
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return False  # inside backward()
+        return torch.is_grad_enabled() or self.in_checkpoint
+
     @torch.no_grad()
     def _count(self, experts: torch.Tensor) -> None:
         ones = torch.ones_like(experts.flatten())
@@ -180,7 +192,6 @@ class KimiTopkRouter(nn.Module):
         """Raise the bias of experts that got fewer tokens than the mean and lower that of the others, by `rate`.
 
         Call it after each optimiser step; with torch.distributed initialised the counts of all ranks are added first.
-        The bias turns fp32 at the first update, because steps of 1e-3 vanish in bf16.
 
         Returns:
             The counts used, [E] int64, or None if no token was routed since the last call.

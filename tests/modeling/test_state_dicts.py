@@ -1,4 +1,4 @@
-"""`load_state_dict` of either expert layout, where resuming and accelerate's loaders end. Values are compared exactly."""
+"""`load_state_dict` of either expert layout, where resuming and accelerate end. Values are compared exactly."""
 
 import copy
 
