@@ -8,12 +8,11 @@ over the last dimension D, in fp32; `round` is to the dtype of x. These are the 
 KimiRMSNormGated (modeling/norms_kimi_linear.py), which say where they come from. Rows are strided, y is contiguous.
 """
 
-import re
-
 import torch
 
 from .device_guard import launches_beside_first_argument
 from .kda_triton_configs import padded
+from .operator_names import operator_namespace
 
 try:
     import triton
@@ -21,8 +20,7 @@ try:
 except ImportError:
     from .kda_triton_absent import tl, triton
 
-# The file may be loaded twice in a process (package and Hub folder): each copy registers under its own name.
-_NAMESPACE = "kimi_" + re.sub(r"\W", "_", __name__)
+_NAMESPACE = operator_namespace("kimi", __name__)
 
 
 @triton.jit

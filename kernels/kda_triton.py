@@ -15,7 +15,6 @@ The ops are torch custom operators with fake implementations, so that compiled g
 backward yet: differentiating through them raises.
 """
 
-import re
 from functools import lru_cache, partial
 from typing import Any
 
@@ -30,15 +29,14 @@ from .kda_triton_inter import kda_inter_fwd
 from .kda_triton_intra import kda_intra_fwd, kda_intra_fwd_kernel
 from .kda_triton_lanes import Lanes, compile_side_by_side, runs_beside, segments
 from .kda_triton_step import kda_step_fwd
+from .operator_names import operator_namespace
 
 try:
     import triton
 except ImportError:
     triton = None
 
-# This file may be loaded twice in a process (from the package and from a Hub folder): each copy registers under its
-# own name.
-_NAMESPACE = "kda_" + re.sub(r"\W", "_", __name__)
+_NAMESPACE = operator_namespace("kda", __name__)
 # Boundaries of packed sequences whose values were read and found right: tensor -> (version, tokens).
 _CHECKED = WeakTensorKeyDictionary()
 

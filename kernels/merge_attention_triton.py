@@ -9,11 +9,10 @@ o_1 [B, T, H, V] fp32 and l_1 [B, H, T] fp32, contiguous, become o and l; o_2 [B
 strides, l_2 [B, H, T] is fp32. One of l_1 and l_2 must be finite.
 """
 
-import re
-
 import torch
 
 from .device_guard import launches_beside_first_argument
+from .operator_names import operator_namespace
 
 try:
     import triton
@@ -21,8 +20,7 @@ try:
 except ImportError:
     from .kda_triton_absent import tl, triton
 
-# The file may be loaded twice in a process (package and Hub folder): each copy registers under its own name.
-_NAMESPACE = "kimi_" + re.sub(r"\W", "_", __name__)
+_NAMESPACE = operator_namespace("kimi", __name__)
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -7,11 +7,10 @@ expanded [B, T, H, N + V] contiguous is what the latent's up-projection gives, s
 other strides; key [B, T, H, N + S] is contiguous. Values are a view of `expanded` and need no pass.
 """
 
-import re
-
 import torch
 
 from .device_guard import launches_beside_first_argument
+from .operator_names import operator_namespace
 
 try:
     import triton
@@ -19,8 +18,7 @@ try:
 except ImportError:
     from .kda_triton_absent import tl, triton
 
-# The file may be loaded twice in a process (package and Hub folder): each copy registers under its own name.
-_NAMESPACE = "kimi_" + re.sub(r"\W", "_", __name__)
+_NAMESPACE = operator_namespace("kimi", __name__)
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -10,12 +10,11 @@ The mixture of experts around its two grouped matrix products, one pass each, fo
 those of the modules in modeling/moe_kimi_linear.py.
 """
 
-import re
-
 import torch
 
 from .device_guard import launches_beside_first_argument
 from .kda_triton_configs import padded
+from .operator_names import operator_namespace
 
 try:
     import triton
@@ -23,8 +22,7 @@ try:
 except ImportError:
     from .kda_triton_absent import tl, triton
 
-# The file may be loaded twice in a process (package and Hub folder): each copy registers under its own name.
-_NAMESPACE = "kimi_" + re.sub(r"\W", "_", __name__)
+_NAMESPACE = operator_namespace("kimi", __name__)
 
 
 @triton.jit(do_not_specialize=["N"])

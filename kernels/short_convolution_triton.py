@@ -8,11 +8,10 @@ x [B, T, D] with dense channels and any other strides, weight [D, W] with tap W 
 two of `cu_seqlens` [N + 1]. The new window holds each sequence's last W - 1 inputs, of its first `lengths` tokens.
 """
 
-import re
-
 import torch
 
 from .device_guard import launches_beside_first_argument
+from .operator_names import operator_namespace
 
 try:
     import triton
@@ -20,8 +19,7 @@ try:
 except ImportError:
     from .kda_triton_absent import tl, triton
 
-# The file may be loaded twice in a process (package and Hub folder): each copy registers under its own name.
-_NAMESPACE = "kimi_" + re.sub(r"\W", "_", __name__)
+_NAMESPACE = operator_namespace("kimi", __name__)
 # Taps are unrolled.
 MAX_WIDTH = 16
 

@@ -15,7 +15,7 @@ from .generation_caches import (
     continuous_batching_error,
     expect_text,
 )
-from .input_checks import check_cache, check_mask, check_token_ids
+from .input_checks import check_cache, check_mask, check_token_ids, expect_token_ids
 from .speculative_decoding import expect_whole_prompt, record_for_drafts, uncached_tokens, within_length
 
 
@@ -45,6 +45,10 @@ class KimiGenerationMixin(GenerationMixin):
             next_sequence_length = uncached_tokens(past_key_values, input_ids)
         held = {"past_key_values": past_key_values, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **held, **kwargs)
+
+    def _prepare_model_inputs(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        expect_token_ids(inputs)
+        return super()._prepare_model_inputs(inputs, *args, **kwargs)
 
     def _get_candidate_generator(self, *args: Any, generation_config: Any, **kwargs: Any) -> Any:
         generator = super()._get_candidate_generator(*args, generation_config=generation_config, **kwargs)

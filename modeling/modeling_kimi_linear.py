@@ -25,6 +25,7 @@ from .input_checks import (
     check_embeddings,
     check_labels,
     check_mask,
+    check_mask_values,
     check_no_cache_to_recompute,
     check_positions,
     check_token_ids,
@@ -261,6 +262,7 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
             check_cache(past_key_values, self.config, batch_size)
         past_length = self._past_length(past_key_values)
         check_mask(attention_mask, batch_size, length, past_length)
+        check_mask_values(attention_mask)
         if position_ids is None:
             position_ids = torch.arange(length, device=inputs_embeds.device)[None] + (past_length or 0)
 

@@ -100,8 +100,7 @@ class KimiTopkRouter(nn.Module):
     """Sigmoid router in fp32 with a correction bias that steers the choice of experts, not their weights.
 
     The bias (auxiliary-loss-free balancing, arXiv 2408.15664) is a buffer: no gradient reaches it. In training mode
-    with gradients the router counts the tokens that each expert gets; `update_correction_bias` uses the counts and clears
-    them.
+    with gradients the router counts the tokens of each expert; `update_correction_bias` uses and clears the counts.
     """
 
     def __init__(self, config: KimiLinearConfig) -> None:
