@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from ..configuration.configuration_kimi_linear import KimiLinearConfig
+from ..modeling.checkpoint.saving import to_released
 from ..modeling.modeling_kimi_linear import KimiLinearForCausalLM
-from ..modeling.weight_saving import to_released
 
 # Saving takes the stacked experts apart, into copies. Peak measured at 1.66 times the weights (1.2 GB, 128 experts).
 _SAVING_OVERHEAD = 1.7

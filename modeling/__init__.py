@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .weight_saving import CodeFiles
+from .checkpoint.saving import CodeFiles
 
 
 def _write_code(folder: Any) -> dict[str, str]:

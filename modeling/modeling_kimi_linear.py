@@ -16,10 +16,12 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_kimi_linear import KimiLinearConfig
-from ..kernels.kda_checks import check_cu_seqlens
-from .cache_kimi_linear import KimiLinearCache
-from .decode_path import DecodePath
-from .generation_kimi_linear import KimiGenerationMixin
+from ..kernels.kda.checks import check_cu_seqlens
+from .cache.kimi_linear_cache import KimiLinearCache
+from .checkpoint.conversions import released_layout_conversions
+from .checkpoint.mixin import ReleasedCheckpointMixin
+from .decode.path import DecodePath
+from .generate.mixin import KimiGenerationMixin
 from .input_checks import (
     check_cache,
     check_embeddings,
@@ -30,15 +32,13 @@ from .input_checks import (
     check_positions,
     check_token_ids,
 )
-from .kda_attention import KimiDeltaAttention, ShortConvolution
-from .masks_kimi_linear import make_masks
-from .mla_attention import KimiMLAAttention
-from .moe_kimi_linear import KimiExperts, KimiMLP, KimiSparseMoeBlock, KimiTopkRouter
-from .norms_kimi_linear import KimiRMSNorm
-from .prompt_segments import forward_in_segments, takes_segments
-from .released_checkpoint import ReleasedCheckpointMixin
-from .sequence_layout import PaddingLayout, cu_seqlens_of_restarts, position_ids_of_packed
-from .weight_conversion import released_layout_conversions
+from .layers.kda_attention import KimiDeltaAttention, ShortConvolution
+from .layers.masks import make_masks
+from .layers.mla_attention import KimiMLAAttention
+from .layers.moe import KimiExperts, KimiMLP, KimiSparseMoeBlock, KimiTopkRouter
+from .layers.norms import KimiRMSNorm
+from .layers.sequence_layout import PaddingLayout, cu_seqlens_of_restarts, position_ids_of_packed
+from .prompt.segments import forward_in_segments, takes_segments
 
 logger = logging.get_logger(__name__)
 

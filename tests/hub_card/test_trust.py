@@ -41,7 +41,7 @@ DENIED_TORCH = ("save", "load", "manual_seed", "seed", "use_deterministic_algori
 # The model's `save_pretrained` is transformers' own, of another state.
 ALLOWED_BY_FILE = {
     "cache_snapshots.py": "imports safetensors.torch.save_file",
-    "released_checkpoint.py": "reaches for super().save_pretrained",
+    "checkpoint_mixin.py": "reaches for super().save_pretrained",
 }
 
 
