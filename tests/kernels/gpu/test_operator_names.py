@@ -19,4 +19,4 @@ def test_operators_of_a_folder_with_any_name_register(folder):
 
 def test_letters_beyond_ascii_keep_folders_apart():
     assert len({operator_namespace("test", name) for name in ("a", "ä", "á", "模", "型")}) == 5
-    assert operator_namespace("kimi", "kimi_linear.kernels.prompt.expert_rows") == "kimi_kimi_linear_kernels_moe_triton"
+    assert operator_namespace("kimi", "package.room.file") == "kimi_package_room_file"
