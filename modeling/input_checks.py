@@ -129,13 +129,12 @@ def check_mask_values(attention_mask: Any) -> None:
         )
 
 
-def check_no_cache_to_recompute(cache: Any) -> None:
-    """Raise ValueError if `cache` is given while layers are checkpointed: recomputing them would fill it twice."""
-    if cache is not None:
-        raise ValueError(
-            "past_key_values and gradient checkpointing exclude one another: leave out the cache, call the model under "
-            "torch.no_grad(), or call gradient_checkpointing_disable()"
-        )
+def checkpointing_over_cache_error(past_length: int) -> ValueError:
+    """What to raise where layers are checkpointed over a filled cache, which transformers keeps from them."""
+    return ValueError(
+        f"past_key_values holds {past_length} tokens, and gradient checkpointing keeps the cache from the layers: "
+        "leave out the cache, call the model under torch.no_grad(), or call gradient_checkpointing_disable()"
+    )
 
 
 def _check_held(index: int, what: str, held: Any, batch_size: int, shape: tuple[int | None, ...]) -> None:
@@ -191,8 +190,8 @@ __all__ = [
     "check_labels",
     "check_mask",
     "check_mask_values",
-    "check_no_cache_to_recompute",
     "check_positions",
     "check_token_ids",
+    "checkpointing_over_cache_error",
     "expect_token_ids",
 ]

@@ -33,9 +33,9 @@ from .input_checks import (
     check_labels,
     check_mask,
     check_mask_values,
-    check_no_cache_to_recompute,
     check_positions,
     check_token_ids,
+    checkpointing_over_cache_error,
 )
 from .layers.kda_attention import KimiDeltaAttention, ShortConvolution
 from .layers.masks import make_masks
@@ -273,8 +273,6 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
         cu_seqlens, position_ids = self._packing(
             batch_size, length, attention_mask, position_ids, past_key_values, kwargs.get("cu_seq_lens_q")
         )
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            check_no_cache_to_recompute(past_key_values)
         if cu_seqlens is not None:
             use_cache = False  # packed sequences would need a state each
         if use_cache and past_key_values is None:
@@ -284,6 +282,8 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
         past_length = self._past_length(past_key_values)
         check_mask(attention_mask, batch_size, length, past_length)
         check_mask_values(attention_mask)
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and past_length:
+            raise checkpointing_over_cache_error(past_length)
         if position_ids is None:
             position_ids = torch.arange(length, device=inputs_embeds.device)[None] + (past_length or 0)
 

@@ -45,11 +45,14 @@ def test_experts_count_each_token_once(load_tiny, random_ids, kind):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_cache_that_recomputing_would_fill_twice_is_refused(load_tiny, random_ids, reentrant):
-    model = load_tiny().train()
+def test_checkpointing_over_a_filled_cache_is_refused(load_tiny, random_ids, reentrant):
+    model, ids = load_tiny().train(), random_ids(1, 5)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    with pytest.raises(ValueError, match="past_key_values and gradient checkpointing exclude one another"):
-        model(random_ids(1, 5), past_key_values=KimiLinearCache(model.config))
+    cache = KimiLinearCache(model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="past_key_values holds 5 tokens, and gradient checkpointing keeps the cache"):
+        model(ids, past_key_values=cache)
 
 
 def test_counting_compiles():
