@@ -107,8 +107,8 @@ class KimiLinearCache(Cache):
         transformers 5.24 asks this to learn whether anything counts tokens, and ours do: without a count, `generate()`
         would run the tokens that the cache holds again.
         """
-        is_linear = super().is_linear
-        return [False] * len(is_linear) if all(is_linear) else is_linear
+        is_kda = [isinstance(layer, KDACacheLayer) for layer in self.layers]
+        return [False] * len(is_kda) if all(is_kda) else is_kda
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         """Whether KDA layer `layer_idx` (the last one by default) has seen a token."""
