@@ -44,7 +44,7 @@ from .layers.moe import KimiExperts, KimiMLP, KimiSparseMoeBlock, KimiTopkRouter
 from .layers.norms import KimiRMSNorm
 from .layers.sequence_layout import PaddingLayout, cu_seqlens_of_restarts, position_ids_of_packed
 from .prompt.segments import forward_in_segments, takes_segments
-from .transformers_versions import CACHE_NAME, as_argument, one_cache, warn_outside_range
+from .transformers_versions import CACHE_NAME, as_argument, name_language_model, one_cache, warn_outside_range
 
 logger = logging.get_logger(__name__)
 
@@ -152,6 +152,7 @@ class KimiLinearPreTrainedModel(ReleasedCheckpointMixin, PreTrainedModel):
 
     def __init__(self, config: KimiLinearConfig, *args: Any, **kwargs: Any) -> None:
         warn_outside_range()
+        name_language_model()
         config.check_consistency()  # fields may have been changed since the config was built
         super().__init__(config, *args, **kwargs)
         # What save_pretrained undoes; a model that is loaded gets the same list from the loader.
