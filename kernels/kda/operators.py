@@ -234,8 +234,10 @@ def _kda_step_fwd(
     if B * T * H > 0:
         weights, windows = (weight_q, weight_k, weight_v), (window_q, window_k, window_v)
         with launching_on(q.device):
-            kda_step_fwd(q, k, v, f, beta, gate, o, weights, windows, A_log, dt_bias, norm_weight, state, lengths,
-                         scale, eps, step_config(K, V))  # fmt: skip
+            kda_step_fwd(
+                q, k, v, f, beta, gate, o, weights=weights, windows=windows, A_log=A_log, dt_bias=dt_bias,
+                norm_weight=norm_weight, state=state, lengths=lengths, scale=scale, eps=eps, config=step_config(K, V),
+            )  # fmt: skip
     return o
 
 
@@ -290,17 +292,36 @@ def kda_step(
     Raises:
         ValueError: if shapes, dtypes, layouts or devices don't fit.
     """
-    _check_step(q, k, v, f, beta, gate, conv_weights, windows, A_log, dt_bias, norm_weight, state, lengths)
+    _check_step(
+        q, k, v, f, beta, gate, conv_weights=conv_weights, windows=windows, A_log=A_log, dt_bias=dt_bias,
+        norm_weight=norm_weight, state=state, lengths=lengths,
+    )  # fmt: skip
     _check_device(q)
     weights = [w.reshape(w.shape[0], w.shape[-1]).contiguous() for w in conv_weights]
     q, k, v, f, beta, gate = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, f, beta, gate))
     scale = state.shape[2] ** -0.5 if scale is None else scale
-    return _kda_step_fwd(q, k, v, f, beta, gate, *weights, *windows, A_log.reshape(-1), dt_bias.reshape(-1),
-    norm_weight,
-                         state, lengths, scale, norm_eps)  # fmt: skip
+    return _kda_step_fwd(
+        q, k, v, f, beta, gate, *weights, *windows,
+        A_log.reshape(-1), dt_bias.reshape(-1), norm_weight, state, lengths, scale, norm_eps,
+    )  # fmt: skip
 
 
-def _check_step(q, k, v, f, beta, gate, conv_weights, windows, A_log, dt_bias, norm_weight, state, lengths) -> None:
+def _check_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    f: torch.Tensor,
+    beta: torch.Tensor,
+    gate: torch.Tensor,
+    *,
+    conv_weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    windows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    norm_weight: torch.Tensor,
+    state: torch.Tensor,
+    lengths: torch.Tensor | None,
+) -> None:
     if state.ndim != 4 or state.dtype != torch.float32 or not state.is_contiguous():
         raise ValueError(f"state must be contiguous fp32 [B, H, K, V], got {state.dtype} {list(state.shape)}")
     if q.ndim != 3 or q.shape[0] != state.shape[0]:

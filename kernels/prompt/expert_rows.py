@@ -14,7 +14,7 @@ import torch
 
 from ..gpu.launching import launches_beside_first_argument
 from ..gpu.operator_names import operator_namespace
-from ..gpu.sizes import padded
+from ..gpu.sizes import padded, power_of_two
 
 try:
     import triton
@@ -126,7 +126,7 @@ def route_fwd(
         BN = max(1, 2048 // BE)
         route_fwd_kernel[(triton.cdiv(N, BN),)](
             logits.contiguous(), bias.contiguous(), weights, experts, scaling, N,
-            E=E, KS=top_k, BN=BN, BE=BE, BK=max(2, 1 << (top_k - 1).bit_length()),
+            E=E, KS=top_k, BN=BN, BE=BE, BK=power_of_two(top_k, at_least=2),
             RENORMALIZE=renormalize, BIASED=biased, num_warps=4,
         )  # fmt: skip
     return weights, experts

@@ -13,6 +13,7 @@ import torch
 
 from ..gpu.launching import launches_beside_first_argument
 from ..gpu.operator_names import operator_namespace
+from ..gpu.sizes import padded
 
 try:
     import triton
@@ -54,7 +55,7 @@ def merge_attention_fwd(o: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, 
     B, T, H, V = o.shape
     part = part if part.stride(-1) == 1 else part.contiguous()
     if o.numel() > 0:
-        BV = max(16, 1 << (V - 1).bit_length())
+        BV = padded(V)
         BT = max(1, 4096 // BV)
         merge_attention_fwd_kernel[(triton.cdiv(T, BT), B * H)](
             o, lse, part, part_lse.contiguous(), T, *part.stride()[:3], H=H, V=V, BT=BT, BV=BV, num_warps=4

@@ -12,6 +12,7 @@ import torch
 
 from ..gpu.launching import launches_beside_first_argument
 from ..gpu.operator_names import operator_namespace
+from ..gpu.sizes import power_of_two
 
 try:
     import triton
@@ -132,7 +133,7 @@ def short_conv_fwd(
         BT, BD = 128, 128
         short_conv_fwd_kernel[(triton.cdiv(D, BD), triton.cdiv(T, BT), B)](
             x, weight, first, y, T, *x.stride()[:2],
-            D=D, W=W, BT=BT, BS=16, BD=BD, BW=1 << (W - 1).bit_length(), PACKED=cu_seqlens is not None, num_warps=4,
+            D=D, W=W, BT=BT, BS=16, BD=BD, BW=power_of_two(W), PACKED=cu_seqlens is not None, num_warps=4,
         )  # fmt: skip
     if new_window.numel() > 0:
         BD = 512

@@ -121,7 +121,7 @@ class KimiTopkRouter(nn.Module):
         return super()._apply(keeping_fp32(fn, self.e_score_correction_bias), recurse)
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Choose experts (reference section 3.4).
+        """Choose experts (docs/checkpoint.md, "Experts").
 
         Args:
             hidden_states: [N, hidden_size].
