@@ -137,6 +137,7 @@ def test_the_best_checkpoint_is_put_back(folder, tmp_path):
         assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("body", [DDP, FSDP2], ids=["ddp", "fsdp2"])
 def test_resuming_on_two_processes(folder, tmp_path, body):
     run_on_two_processes(body, folder, tmp_path)
