@@ -11,7 +11,7 @@ from ..cache.kimi_linear_cache import KimiLinearCache
 from ..decode.loop import can_sample_with_steps, sample_with_steps
 from ..decode.path import MAX_CHUNKED_TOKENS, MAX_NEW_TOKENS, serves, step_mask
 from ..decode.step import MAX_STEP_TOKENS
-from ..input_checks import check_cache, check_mask, check_token_ids
+from ..input_checks import check_cache, check_mask, check_token_ids, expect_token_ids
 from ..plain_modules import hanging_on_root, own_method
 from ..transformers_versions import CACHE_NAME, as_argument, one_cache
 from .cache_setup import bound_unbounded_layers, expect_text
@@ -91,6 +91,10 @@ class KimiGenerationMixin(GenerationMixin):
         if past_key_values is not None and not self._has_own("prepare_inputs_for_generation", KimiGenerationMixin):
             inputs["past_key_values"] = past_key_values  # the name that PEFT's, which is around this one, looks for
         return inputs
+
+    def _prepare_model_inputs(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        expect_token_ids(inputs)
+        return super()._prepare_model_inputs(inputs, *args, **kwargs)
 
     def _get_candidate_generator(
         self, *args: Any, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any

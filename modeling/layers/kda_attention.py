@@ -1,5 +1,7 @@
 """Kimi Delta Attention, the linear-attention layer (arXiv 2510.26692, section 3)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
@@ -11,6 +13,7 @@ from ..cache.kda_layer import KDACacheLayer
 from ..cache.kimi_linear_cache import own_kda_layer, read_kda_states, write_kda_states
 from ..cache.recording import KDAStepWeights, RawInputs
 from ..plain_modules import Noticing, reads_weights, weights_are_plain
+from .fp32_parameters import keeping_fp32
 from .norms import KimiRMSNormGated
 from .sequence_layout import PaddingLayout
 
@@ -67,6 +70,9 @@ class KimiDeltaAttention(Noticing):
         self.g_b_proj = nn.Linear(self.head_dim, inner, bias=False)
         self.o_norm = KimiRMSNormGated(self.head_dim, eps=config.rms_norm_eps)
         self.o_proj = nn.Linear(inner, hidden_size, bias=False)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "KimiDeltaAttention":
+        return super()._apply(keeping_fp32(fn, self.A_log, self.dt_bias), recurse)
 
     def forward(
         self,
