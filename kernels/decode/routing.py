@@ -117,12 +117,12 @@ def decode_route(
     pdl: bool = False,
 ) -> None:
     """
-    Fill chosen int32 and weights fp32, both [N, TOPK] contiguous, from logits [N, E] fp32 (rows dense), bias [E].
+    Fill chosen int32 and weights fp32, both [M, TOPK] contiguous, from logits [M, E] fp32 (rows dense), bias [E].
 
     pdl: launch programmatically dependent (see decode_linear).
     """
-    (N, E), TOPK = logits.shape, chosen.shape[1]
-    decode_route_kernel[(N,)](
+    (M, E), TOPK = logits.shape, chosen.shape[1]
+    decode_route_kernel[(M,)](
         logits, bias, chosen, weights, logits.stride(0), factor,
         E=E, BE=power_of_two(E), TOPK=TOPK, BT=power_of_two(TOPK),
         BIASED=biased, RENORMALIZE=renormalize, PDL=pdl, num_warps=1, **overlap_options(pdl),
@@ -143,7 +143,7 @@ def decode_group(
     num_experts: int,
     pdl: bool = False,
 ) -> None:
-    """Group chosen [N, TOPK] by expert into pairs [NB * BM], experts [NB] and n_blocks [1], all int32; pdl as above."""
+    """Group chosen [M, TOPK] by expert into pairs [NB * BM], experts [NB] and n_blocks [1], all int32; pdl as above."""
     P, BM = chosen.numel(), pairs.numel() // experts.numel()
     decode_group_kernel[(num_experts,)](
         chosen, pairs, experts, n_blocks, P,
