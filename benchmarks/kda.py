@@ -236,7 +236,7 @@ def cold_start(in_model: bool) -> float:
     """
     Seconds of the first forward call in a new process with an empty compile cache, start of CUDA left out.
 
-    in_model: behind what importing the model and the first other kernel of it have done by then: torch._dynamo is
+    in_model: after what importing the model and the first other kernel of it have done by then: torch._dynamo is
     imported, and Triton has started.
     """
     code = "import time, torch; from benchmarks.kda import chunk_kda, inputs; x = inputs('tame', 1, 8192, 32);"

@@ -24,7 +24,7 @@ except ImportError:
 
 @triton.jit
 def decode_share(past, T: tl.constexpr, SPLITS: tl.constexpr, BL: tl.constexpr):
-    """(rows behind this step, rows of a split: whole blocks, the same for all tokens)."""
+    """(rows after this step, rows of a split: whole blocks, the same for all tokens)."""
     total = (tl.load(past) + T).to(tl.int32)
     return total, ((total + SPLITS - 1) // SPLITS + BL - 1) // BL * BL
 
@@ -34,7 +34,7 @@ def decode_rows(table, i_b, element: tl.constexpr, WIDTH: tl.constexpr):
     """Address of sequence `i_b`'s rows, WIDTH wide, and of its mask."""
     rows = tl.multiple_of(
         tl.load(table).to(tl.pointer_type(element)), 16
-    )  # what comes out of memory is not known to be
+    )  # the compiler can't know the alignment of an address that was loaded
     o_batch = i_b * tl.load(table + 1)
     if WIDTH % 16 == 0:
         o_batch = tl.multiple_of(o_batch, 16)
@@ -44,7 +44,7 @@ def decode_rows(table, i_b, element: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def decode_prefetch_rows(rows, begin, end, WIDTH: tl.constexpr, BL: tl.constexpr, LINES: tl.constexpr):
-    """Ask the L2 for BL rows from `begin` on; what lies behind row `end` is replaced by the last line before it."""
+    """Ask the L2 for BL rows from `begin` on; what lies after row `end` is replaced by the last line before it."""
     BYTES: tl.constexpr = BL * WIDTH * (rows.dtype.element_ty.primitive_bitwidth // 8)
     first = (rows + begin.to(tl.int64) * WIDTH).to(tl.int64)
     last = (rows + end.to(tl.int64) * WIDTH).to(tl.int64) - 128

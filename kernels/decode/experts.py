@@ -4,7 +4,7 @@ Decode step: the experts of one token, routed and shared, two launches.
     h_s   = silu(G_s x̂) (U_s x̂)        [G_s; U_s] = gate_up_proj[e], e the expert of choice s     [TOPK + NS, I]
     y    += sum_s w_s Y_s h_s           Y_s = down_proj[e]                                        [D]
 
-x̂ is the RMSNorm of x. The shared expert stands behind the routed ones as NS choices of weight one, each I of its hidden
+x̂ is the RMSNorm of x. The shared expert stands after the routed ones as NS choices of weight one, each I of its hidden
 channels. The first launch chooses the experts itself (every program anew: eight maxima over the router's logits cost
 less than a launch) and leaves choice and weight for the second. Sums are fp32 and rounded once. What is known before
 the router has spoken, the shared expert's weights, is loaded ahead (PDL, see decode_linear).
@@ -147,7 +147,7 @@ def decode_expert_up(
     Fill h [TOPK + NS, I], chosen [TOPK] int32 and weights [TOPK] fp32 for one token.
 
     Args:
-        x: [D], the residual stream; norm_weight, eps: of the norm in front of the experts.
+        x: [D], the residual stream; norm_weight, eps: of the norm before the experts.
         logits: [E] fp32 of the router; bias [E].
         gate_up: [E, 2 I, D] contiguous.
         shared: gate and up projections [NS I, D] of the shared expert, or None.

@@ -6,7 +6,7 @@ Decode step: the experts of several tokens, grouped by expert (decode/routing.py
     y_n += sum_s w_p z_p                                                                                 [M, D]
 
 The shared expert is NS more choices of weight one that every token takes, each I of its hidden channels; their pairs
-stand behind the routed ones, choice by choice. One program of the first two launches takes one block of pairs of one
+stand after the routed ones, choice by choice. One program of the first two launches takes one block of pairs of one
 expert and a tile of its outputs, on tensor cores with fp32 sums. z is rounded to the model's dtype, as in the released
 code; the last sum is fp32.
 """

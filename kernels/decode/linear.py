@@ -13,9 +13,9 @@ once, to y's dtype. Each weight [O_s, COLUMNS] is read once and in place: nothin
 One token takes a matrix-vector kernel (bound by the bytes of the weights); up to 64 take tensor cores, which read the
 weights once for all of them.
 
-With PDL (programmatic dependent launch, sm_90 on) each launch of the step lets the next one start at once. What depends
-on no other launch, here the first columns of the weights, is on its way before `gdc_wait` returns, which is when the
-launch in front is complete. No program ends before it has waited, so all launches before that one are complete too.
+With PDL (programmatic dependent launch, sm_90 on) each launch of the step lets the next one start at once. Loads that
+depend on no other launch, here those of the first columns of the weights, start before `gdc_wait`; the wait ends when
+the previous launch is complete. No program ends before it has waited, so all earlier launches are complete too.
 """
 
 import torch
@@ -80,7 +80,7 @@ def decode_prefetch(b_address):
 
 @triton.jit
 def decode_prefetch_vector(p_x, SIZE: tl.constexpr):
-    """The same for SIZE elements from `p_x` on: what is small comes out of memory as slowly as what is large."""
+    """The same for SIZE elements from `p_x` on: the first access to memory takes as long for few bytes as for many."""
     LINE: tl.constexpr = 128 * 8 // p_x.dtype.element_ty.primitive_bitwidth
     LINES: tl.constexpr = triton.next_power_of_2((SIZE + LINE - 1) // LINE)
     decode_prefetch((p_x + tl.minimum(tl.arange(0, LINES) * LINE, SIZE - 1)).to(tl.int64))
@@ -99,7 +99,7 @@ def decode_input(x, norm_weight, o_k, COLUMNS: tl.constexpr, HAS_NORM: tl.conste
 
     One for all rows of the weights: where a warp takes 256 columns of 2 bytes (or 128 of 4), each thread loads the
     columns that it multiplies. Otherwise they would be handed around through shared memory, with barriers that hold up
-    the loads of weights behind them.
+    the loads of weights after them.
     """
     b_x = tl.load(x + o_k, mask=o_k < COLUMNS, other=0.0).to(tl.float32)
     if GATED:
@@ -272,7 +272,7 @@ def decode_linear(
         weights: one to six contiguous [O_s, COLUMNS].
         y: [M, sum of O_s], rows dense.
         config: a GemvConfig where M is 1, else a SkinnyConfig.
-        norm_weight: [COLUMNS] of an RMSNorm in front, with its `eps`; or None. One token only.
+        norm_weight: [COLUMNS] of an RMSNorm of x, with its `eps`; or None. One token only.
         residual: laid out as y, added before rounding; may be y.
         gated: whether x holds gate and up activations. One token only.
         x_columns: first column of x for each weight; 0 for all if None.

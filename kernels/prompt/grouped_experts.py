@@ -29,7 +29,7 @@ def grouped_experts(
         x: [M, D] bf16.
         experts: [M, k] int64, each in [0, E).
         weights: [M, k] fp32.
-        gate_up: [E, 2 I, D], rows of gate in front of those of up.
+        gate_up: [E, 2 I, D], rows of gate before those of up.
         down: [E, D, I].
         shared: [M, D] to add, rounded after the routed sum is, or None.
 

@@ -50,7 +50,7 @@ class ScriptedCandidates(CandidateGenerator):
     Args:
         expected: [1, L], the greedy tokens.
         script: (drafted, right) per round, from the start again when it ends.
-        last_position: drafts end in front of it, as those of transformers' generators do.
+        last_position: drafts end before it, as those of transformers' generators do.
     """
 
     def __init__(self, expected: torch.Tensor, script: list[tuple[int, int]], last_position: int) -> None:
