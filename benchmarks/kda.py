@@ -243,8 +243,7 @@ def cold_start(in_model: bool) -> float:
     if in_model:
         code += ("import torch._dynamo; from kimi_linear.kernels.kda.index import kda_index_fwd;"
                  "kda_index_fwd(torch.zeros(2, dtype=torch.int32, device='cuda'), 0, 32);")  # fmt: skip
-    code += ("torch.cuda.synchronize(); t = time.time(); chunk_kda(**x); torch.cuda.synchronize();"
-             "print(time.time() - t)")  # fmt: skip
+    code += "torch.cuda.synchronize(); t = time.time(); chunk_kda(**x); torch.cuda.synchronize();print(time.time() - t)"
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "TRITON_CACHE_DIR": cache}
         run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

@@ -122,7 +122,7 @@ def decode_grouped_down_kernel(
 @triton.jit(do_not_specialize=["M"])
 def decode_combine_kernel(
     z, weights, y, M, TOPK: tl.constexpr, NS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr
-):  # fmt: skip
+):
     """Program (token, BD channels): y += sum over choices of weight times z."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

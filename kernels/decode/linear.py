@@ -179,9 +179,7 @@ def decode_gemv_kernel(
 
 
 @triton.jit
-def decode_norm_kernel(
-    x, weight, y, eps, D: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr
-):  # fmt: skip
+def decode_norm_kernel(x, weight, y, eps, D: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr):
     """RMSNorm of one token a program, x and y [M, D] contiguous, rounded before the weight as released."""
     o_d = tl.arange(0, BD)
     m_d = o_d < D
