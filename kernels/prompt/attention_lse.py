@@ -20,9 +20,9 @@ def attention_with_lse(
     """softmax(scale * query key^T) value, without a backward.
 
     Args:
-        query: [B, H, T, K].
-        key: [B, H, L, K].
-        value: [B, H, L, V]; V may differ from K.
+        query: [B, H, T, D].
+        key: [B, H, L, D].
+        value: [B, H, L, V]; V may differ from D.
         causal: whether query t sees keys 0 .. t only; T must be L then.
         scale: of the scores.
 
