@@ -9,7 +9,7 @@ token * TOPK + choice, are laid out expert by expert in blocks of BM, each block
 
     pairs [NB * BM]      pair of each slot, -1 where the block is not full     int32
     experts [NB]         expert of each block                                 int32
-    n_blocks [1]         blocks in use; the entries behind them are unwritten
+    n_blocks [1]         blocks in use; the entries after them are unwritten
 """
 
 import torch
@@ -27,7 +27,7 @@ except ImportError:
 
 @triton.jit
 def decode_topk(p_logits, bias, E: tl.constexpr, BE: tl.constexpr, TOPK: tl.constexpr, BT: tl.constexpr):
-    """Experts of the TOPK choices, int32 [BT], best first; 0 behind them."""
+    """Experts of the TOPK choices, int32 [BT], best first; 0 after them."""
     o_e, o_t = tl.arange(0, BE), tl.arange(0, BT)
     b_c = kda_sigmoid(tl.load(p_logits + o_e, mask=o_e < E, other=0.0))
     b_c += tl.load(bias + o_e, mask=o_e < E, other=0.0).to(tl.float32)
