@@ -9,7 +9,7 @@ The official tokenizer numbers 258 slots (ids up to 163,841) while the embedding
 would make the model index out of range, so `tokenizer.json` holds only ids below the model's vocab_size; the two names
 beyond it are ordinary text.
 
-Where the fast tokenizer differs from tiktoken after the official class:
+Where the fast tokenizer differs from tiktoken as the official class calls it:
 
 * A Python string with a lone surrogate is refused by `tokenizers` (TypeError), while tiktoken reads it as U+FFFD.
   No setting of `tokenizer.json` changes that; `replace_lone_surrogates` does what tiktoken does.
