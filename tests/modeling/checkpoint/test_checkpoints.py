@@ -199,7 +199,7 @@ def test_the_native_class_reads_what_we_save(native_class, tiny_folder, tmp_path
     assert not info["missing_keys"] and not info["unexpected_keys"]
     ids = random_ids(2, 33)
     with torch.no_grad():
-        # fp32 logits of order 1 behind some 1e3 roundings of 6e-8
+        # fp32 logits of order 1 after some 1e3 roundings of 6e-8
         torch.testing.assert_close(ours(ids).logits, native(ids).logits, atol=1e-4, rtol=1e-4)
 
 
