@@ -73,7 +73,7 @@ class StepPlan:
 
     def buffers(self) -> list[torch.Tensor]:
         """All tensors that the launches read or write, weights and cache left out."""
-        held = [*vars(self).values(), *getattr(self, "groups", ())]
+        held = [*self.__dict__.values(), *getattr(self, "groups", ())]
         return [x for x in held if isinstance(x, torch.Tensor)]
 
     @torch.inference_mode(False)  # what is made in inference mode can't be written outside of it

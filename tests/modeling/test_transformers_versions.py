@@ -197,6 +197,7 @@ SEAMS = [
     (transformers.PreTrainedModel, "is_remote_code", ""),
     (torch.nn.Module, "_apply", "fn recurse"),
     (transformers.PreTrainedModel, "_init_weights", "module"),
+    (torch.nn.Module, "_apply", "fn recurse"),
     (transformers.PreTrainedModel, "_can_set_experts_implementation", ""),
     (modeling_layers.GenericForSequenceClassification, "forward", f"input_ids {CACHE_NAME} labels"),
     (transformers.generation.PromptLookupCandidateGenerator, "get_candidates", "input_ids"),
