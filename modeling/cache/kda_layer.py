@@ -13,11 +13,13 @@ from .recording import LONGEST_DRAFT, RECORDED_TOKENS, KDARecording, KDAStepWeig
 _ZERO_KEEPS_NOTHING = "tokens_to_remove" not in inspect.signature(Cache.crop).parameters
 
 
-def tokens_to_crop(argument: int, length: int) -> int:
+def tokens_to_crop(argument: int | torch.Tensor, length: int) -> int:
     """Tokens that `crop(argument)` drops of `length`: negative counts them, positive is the length to keep.
 
-    0 means what it means in the installed transformers: keep nothing (5.10), or remove nothing.
+    0 means what it means in the installed transformers: keep nothing (5.10), or remove nothing. transformers also gives
+    a tensor without dimensions; counts must be integers of their own, or adding to one would change its copies.
     """
+    argument = int(argument)
     if argument == 0:
         return length if _ZERO_KEEPS_NOTHING else 0
     return min(-argument, length) if argument < 0 else max(length - argument, 0)

@@ -278,6 +278,22 @@ def test_recording_begun_in_inference_mode_goes_on_outside_of_it(model, random_i
     expect_tokens(model, cache, ids[:, : PROMPT + 51])
 
 
+def test_a_count_given_as_a_tensor_stays_out_of_the_counts(model, random_ids):
+    """transformers gives crop a 0-dim tensor: an in-place sum over one would move checkpoints with the length."""
+    ids = random_ids(1, PROMPT)
+    cache = fill(model, ids, recording=True)
+    for t in range(6):
+        with torch.no_grad():
+            model(random_ids(1, 5, seed=t), past_key_values=cache)
+        cache.crop(torch.tensor(-4))
+        new = random_ids(1, 5, seed=t)[:, :1]
+        ids = torch.cat([ids, new], dim=1)
+        assert all(type(layer.get_seq_length()) is int for layer in cache.layers)
+    expect_tokens(model, cache.fork(1)[0], ids)
+    cache.crop(torch.tensor(-5))
+    expect_tokens(model, cache, ids[:, :-5])
+
+
 @pytest.mark.parametrize("name", ["crop", "restore", "reorder_cache"])
 def test_a_change_that_fails_half_way(model, monkeypatch, random_ids, name):
     ids = random_ids(1, PROMPT)
