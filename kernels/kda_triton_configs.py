@@ -7,7 +7,13 @@ offline in the tests.
 """
 
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
+
+import torch
+
+# Tokens of a chunk.
+CHUNK = 32
 
 CLASSES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -33,6 +39,20 @@ class KdaInterConfig(NamedTuple):
     num_warps: int
     num_stages: int
     precision: str
+
+
+class KdaRestConfig(NamedTuple):
+    """
+    Last stage of the backward. BV: value channels at a time, BKW: wild channels at a time, num_stages: blocks of value
+    channels in flight, precision: of products of fp32 tiles, maxnreg: registers a thread may take, None for no bound.
+    """
+
+    BV: int
+    BKW: int
+    num_warps: int
+    num_stages: int
+    precision: str
+    maxnreg: int | None = None
 
 
 class KdaStepConfig(NamedTuple):
@@ -77,6 +97,14 @@ def gpu_class(capability: tuple[int, int], hip: bool) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(capability[0], "sm_80")
 
 
+@lru_cache(maxsize=16)
+def gpu_of(device: torch.device) -> str:
+    """The table's class of `device`; Triton's interpreter on a CPU takes sm_90's choices."""
+    if device.type != "cuda":
+        return "sm_90"
+    return gpu_class(torch.cuda.get_device_capability(device), torch.version.hip is not None)
+
+
 def _precision(gpu: str, dtype: str) -> str:
     # Tiles of fp16 inputs are fp32 (their factors need the exponents): tf32 has fp16's mantissa.
     return "ieee" if gpu == "gfx942" else "tf32x3" if dtype == "float32" else "tf32"
@@ -86,7 +114,7 @@ def intra_config(gpu: str, K: int, dtype: str) -> KdaIntraConfig:
     """Stage 1 for head size K and inputs of `dtype` ("float32", "float16", "bfloat16")."""
     # Short chunks and two warps at heads of 128 in bf16, so that a thread holds 64 values of a tile: with fewer of them
     # more of the scans and sums cross warps, with more the registers don't suffice.
-    BK, size, C = padded(K), 4 if dtype == "float32" else 2, 32
+    BK, size, C = padded(K), 4 if dtype == "float32" else 2, CHUNK
     num_warps = max(1, BK * (2 if dtype == "bfloat16" else 4) // 128)
     loaded = num_warps * 32 * 16 // (BK * size)  # rows: 16 bytes a thread
     return KdaIntraConfig(C, min(C, loaded), 16, num_warps, _precision(gpu, dtype))
@@ -99,6 +127,19 @@ def inter_config(gpu: str, K: int, V: int, dtype: str) -> KdaInterConfig:
     BV = min(padded(V), 16 if wide and BK > 64 else 32 if wide or BK > 128 or gpu == "sm_80" else 64)
     stages = 1 if gpu == "gfx942" else 2 if wide or BK > 128 or gpu == "sm_80" else 3
     return KdaInterConfig(BV, 4, stages, _precision(gpu, dtype))
+
+
+def scan_config(gpu: str, K: int, V: int, dtype: str) -> KdaInterConfig:
+    """Stage 2 of the backward, whose two halves each take what the forward's stage 2 takes."""
+    return inter_config(gpu, K, V, dtype)
+
+
+def rest_config(gpu: str, K: int, V: int, dtype: str) -> KdaRestConfig:
+    """Last stage of the backward."""
+    BK, wide = padded(K), dtype != "bfloat16"
+    BV = min(padded(V), 16 if wide and BK > 64 else 32 if wide or BK > 128 else 64)
+    num_warps = max(2, BK // 16)
+    return KdaRestConfig(BV, 16, num_warps, 1 if gpu == "gfx942" else 2, _precision(gpu, dtype))
 
 
 def step_config(K: int, V: int) -> KdaStepConfig:

@@ -52,6 +52,20 @@ def kda_sigmoid(b_x):
 
 
 @triton.jit
+def kda_operand(b_x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """
+    `b_x` as a product with operands of DTYPE and PRECISION sees it.
+
+    What is multiplied both in a product and outside of it goes through here first: sums that cancel between the two
+    then cancel to fp32.
+    """
+    if DTYPE == tl.float32 and PRECISION == "tf32":
+        b_bits = b_x.to(tl.int32, bitcast=True)
+        return ((b_bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return b_x.to(DTYPE)
+
+
+@triton.jit
 def kda_dot(b_x, b_y, b_acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """
     `b_acc + b_x @ b_y` with operands rounded to DTYPE and an fp32 sum.
@@ -65,3 +79,8 @@ def kda_dot(b_x, b_y, b_acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr, UPCAS
         b_x = b_x.to(tl.float32)
         b_y = b_y.to(tl.float32)
     return tl.dot(b_x, b_y, acc=b_acc, input_precision=PRECISION)
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter (TRITON_INTERPRET=1), which takes CPU tensors."""
+    return not isinstance(kda_dot, triton.JITFunction)

@@ -39,7 +39,7 @@ def launch_all(gpu, K, V, dtype, packed, B=1, T=128):
         cu_seqlens = torch.zeros(2, dtype=torch.int32)
         index = (cu_seqlens, *kda_triton_index.kda_index_fwd(cu_seqlens, T, intra.C))
     NT = -(-T // intra.C)
-    tiles = kda_triton._tiles(q, B * NT, intra.C)
+    tiles = kda_triton.intra_tiles(q, B * NT, intra.C)
     kda_triton_intra.kda_intra_fwd(q, k, g, beta, A_log, dt_bias, 0.1, 0, NT, 0, index, tiles, intra, False)
     inter = inter_config(gpu, K, V, name)
     for initial in (None, state):

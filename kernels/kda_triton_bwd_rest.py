@@ -1,0 +1,269 @@
+"""
+KDA backward, stage 3 of 3: everything that a chunk can do alone once the states at its borders and their gradients are
+known. One program per chunk and head.
+
+S is the state before the chunk, dS' the gradient of the state after it, U and dV the chunk's writes and their gradients
+(kda_triton_bwd_scan), dO that of the outputs; q, k normalised, q scaled; G_i the cumulative log decay. Then
+
+    dA = dO U^T   (j <= i)        dP = -dV U^T   (j < i)        with P_ij = sum_d k_id k_jd exp(G_id - G_jd)
+    dq_i = exp(G_i) (dO S^T)_i                              + sum_j dA_ij k_j exp(G_i - G_j)
+    dk_i = exp(G_C - G_i) (U dS'^T)_i - exp(G_i) (dV S^T)_i + sum_j dP_ij k_j exp(G_i - G_j)
+                                                            + sum_j (dA_ji q_j + dP_ji k_j) exp(G_j - G_i)
+    dg_i = all that the decay of token i shrinks: sum over i' >= i of exp(G_i') (q_i' dO S^T - k_i' dV S^T)
+           + sum over j < i of exp(G_C - G_j) k_j U dS'^T + exp(G_C) sum_v S dS' + pairs i' >= i > j (dA, dP)
+    dbeta_logit_i = (1 - beta_i) / beta_i sum_v dV_i U_i    since U = beta (error of the prediction)
+
+and through l2norm, softplus and exp(A_log) to the inputs. The pairs of tame channels are products of tiles about one
+reference, as in kda_triton_gate; there the pairs before and after a token cancel in dg, which is exact to fp32 because
+operands are rounded before they are used on either side. Wild channels' pairs: kda_triton_bwd_wild. A gate at its
+floor (2^-48, see kda_gate_log2) has gradient 0.
+
+Sums over all tokens (dA_log, ddt_bias) leave as one entry per chunk; the caller adds these up in a fixed order.
+"""
+
+import torch
+
+from .kda_triton_bwd_wild import BASE, FLOOR, kda_wild_slice_bwd
+from .kda_triton_configs import KdaRestConfig, alignment, launch, launch_options
+from .kda_triton_gate import SPAN
+from .kda_triton_index import kda_chunk_place
+from .kda_triton_math import kda_dot, kda_gate_log2_scaled, kda_operand, kda_sigmoid
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    from .kda_triton_absent import tl, triton
+
+
+@triton.jit
+def kda_pair_gradients(
+    do, dv, u, o_c, n_t,
+    H: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """dO U^T and dV U^T [C, C], fp32."""
+    b_dA = tl.zeros([C, C], tl.float32)
+    b_dP = tl.zeros([C, C], tl.float32)
+    for i_v in range(0, V, BV):
+        o_v = i_v + tl.arange(0, BV)
+        m_tv = (o_c < n_t)[:, None] & (o_v < V)[None, :]
+        o_tv = o_c[:, None] * (H * V) + o_v[None, :]
+        b_u = tl.load(u + o_v[:, None] * C + o_c[None, :])
+        b_dA = kda_dot(tl.load(do + o_tv, mask=m_tv, other=0.0), b_u, b_dA, DTYPE, PRECISION, UPCAST)
+        b_dP = kda_dot(tl.load(dv + o_tv, mask=m_tv, other=0.0), b_u, b_dP, DTYPE, PRECISION, UPCAST)
+    return b_dA, b_dP
+
+
+@triton.jit
+def kda_border_gradients(
+    do, dv, u, states, dstates, o_c, n_t,
+    H: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dO S^T, dV S^T, U dS'^T [C, BK] and sum_v S dS' [BK], fp32."""
+    o_k = tl.arange(0, BK)
+    b_q = tl.zeros([C, BK], tl.float32)
+    b_k = tl.zeros([C, BK], tl.float32)
+    b_g = tl.zeros([C, BK], tl.float32)
+    b_kept = tl.zeros([BK], tl.float32)
+    for i_v in tl.range(0, V, BV, num_stages=STAGES):
+        o_v = i_v + tl.arange(0, BV)
+        m_tv = (o_c < n_t)[:, None] & (o_v < V)[None, :]
+        o_tv = o_c[:, None] * (H * V) + o_v[None, :]
+        o_vk = o_v[:, None] * BK + o_k[None, :]
+        b_s = tl.load(states + o_vk)
+        b_ds = tl.load(dstates + o_vk)
+        b_do = tl.load(do + o_tv, mask=m_tv, other=0.0)
+        b_dv = tl.load(dv + o_tv, mask=m_tv, other=0.0)
+        b_u = tl.load(u + o_v[:, None] * C + o_c[None, :])
+        b_q = kda_dot(b_do, b_s, b_q, DTYPE, PRECISION, UPCAST)
+        b_k = kda_dot(b_dv, b_s, b_k, DTYPE, PRECISION, UPCAST)
+        b_g = kda_dot(tl.trans(b_u), b_ds, b_g, DTYPE, PRECISION, UPCAST)
+        b_kept += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32), axis=0)
+    return b_q, b_k, b_g, b_kept
+
+
+@triton.jit(do_not_specialize=["T", "NT", "t_begin", "first", "first_sum", "stride_qb", "stride_kb", "stride_gb"])
+def kda_rest_bwd_kernel(
+    q, k, g, do, dv,
+    states, dstates, u, channels, rows, A_log, dt_bias,
+    dq, dk, dg, dbeta, dA_log, ddt_bias,
+    cu_seqlens, chunk_offsets, chunk_seq,
+    inverse_scale2, T, NT, t_begin, first, first_sum,
+    stride_qb: tl.int64, stride_qt, stride_qh, stride_qk,
+    stride_kb: tl.int64, stride_kt, stride_kh, stride_kk,
+    stride_gb: tl.int64, stride_gt, stride_gh, stride_gk,
+    ALIGN: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, VP: tl.constexpr, BKW: tl.constexpr, C: tl.constexpr, NS: tl.constexpr,
+    SPAN: tl.constexpr, FLOOR: tl.constexpr, BASE: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, SUFFIX_SCAN: tl.constexpr,
+    PACKED: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """
+    See the module docstring. do, dv, dq, dk, dg, dbeta are contiguous [B, T, H, ...]; dA_log [., H] and ddt_bias
+    [., H, K] take entries from `first_sum` on. dq, dk, dg hold the wild channels' part on the way.
+    """
+    i_c, i_h = tl.program_id(0), tl.program_id(1)
+    i_b, t0, n_t = kda_chunk_place(cu_seqlens, chunk_offsets, chunk_seq, i_c, T, NT, t_begin, C, PACKED)
+    o_c, o_k = tl.arange(0, C), tl.arange(0, BK)
+    i_sum = (first_sum + i_c).to(tl.int64) * H + i_h
+    if n_t <= 0:  # of a pack's index, an entry after the last chunk
+        tl.store(dA_log + i_sum, 0.0)
+        tl.store(ddt_bias + i_sum * K + o_k, tl.zeros([BK], tl.float32), mask=o_k < K)
+        return
+    i_tile = (first + i_c).to(tl.int64) * H + i_h
+    i_t = (i_b * T + t0) * H + i_h
+    q += tl.multiple_of(i_b * stride_qb, ALIGN) + t0 * stride_qt + i_h * stride_qh
+    k += tl.multiple_of(i_b * stride_kb, ALIGN) + t0 * stride_kt + i_h * stride_kh
+    g += tl.multiple_of(i_b * stride_gb, ALIGN) + t0 * stride_gt + i_h * stride_gh
+    do += i_t * V
+    dv += i_t * V
+    dq += i_t * K
+    dk += i_t * K
+    dg += i_t * K
+    states += i_tile * (VP * BK)
+    dstates += i_tile * (VP * BK)
+    u += i_tile * (VP * C)
+    channels += i_tile * BK
+    rows += i_tile * (4 * C)
+    dt_bias += i_h * K
+    a_head = tl.exp(tl.load(A_log + i_h).to(tl.float32))
+    m_tk = (o_c < n_t)[:, None] & (o_k < K)[None, :]
+    o_tk = o_c[:, None] * (H * K) + o_k[None, :]
+
+    b_y = tl.load(g + o_c[:, None] * stride_gt + o_k[None, :] * stride_gk, mask=m_tk, other=float("-inf"))
+    b_bias = tl.load(dt_bias + o_k, mask=o_k < K, other=0.0).to(tl.float32) * 1.4426950408889634
+    b_y = b_y.to(tl.float32) * 1.4426950408889634 + b_bias[None, :]
+    b_gate = kda_gate_log2_scaled(b_y, a_head)
+    b_total = tl.sum(b_gate, axis=0)
+    m_wild = b_total < -SPAN
+    b_wild = m_wild.to(tl.int32)
+    n_wild = tl.sum(b_wild, axis=0)
+    b_rq, b_rk = tl.load(rows + o_c), tl.load(rows + C + o_c)
+
+    b_dA, b_dP = kda_pair_gradients(do, dv, u, o_c, n_t, H, V, BV, C, DTYPE, PRECISION, UPCAST)
+    m_diagonal = o_c[:, None] == o_c[None, :]
+    b_diagonal = tl.sum(tl.where(m_diagonal, b_dA, 0.0), axis=1)
+    b_beta = tl.load(rows + 3 * C + o_c)
+    b_dbeta = tl.sum(tl.where(m_diagonal, b_dP, 0.0), axis=1) * (1.0 - b_beta) / tl.where(b_beta > 0.0, b_beta, 1.0)
+    tl.store(dbeta + i_t + o_c * H, tl.where(b_beta > 0.0, b_dbeta, 0.0), mask=o_c < n_t)
+    m_lower = o_c[:, None] > o_c[None, :]
+    b_dA = kda_operand(tl.where(m_lower, b_dA, 0.0), DTYPE, PRECISION)
+    b_dP = kda_operand(tl.where(m_lower, -b_dP, 0.0), DTYPE, PRECISION)
+    if n_wild > 0:
+        tl.store(channels + tl.cumsum(b_wild, axis=0) - 1, o_k.to(tl.int16), mask=m_wild)
+        tl.debug_barrier()  # `channels` was written by other threads
+        for i_k in tl.range(0, n_wild, BKW, num_stages=1):
+            o_w = i_k + tl.arange(0, BKW)
+            o_kw = tl.load(channels + o_w, mask=o_w < n_wild, other=K).to(tl.int32)
+            kda_wild_slice_bwd(
+                q, k, g, dt_bias, a_head, b_rq, b_rk, b_dA, b_dP, dq, dk, dg, o_c, o_kw, n_t,
+                stride_qt, stride_qk, stride_kt, stride_kk, stride_gt, stride_gk,
+                H, K, FLOOR, BASE, NS, DTYPE, PRECISION, UPCAST,
+            )  # fmt: skip
+        tl.debug_barrier()  # dq, dk, dg are read below by other threads
+
+    b_aq, b_ak, b_bk, b_kept = kda_border_gradients(
+        do, dv, u, states, dstates, o_c, n_t, H, V, BK, BV, C, DTYPE, PRECISION, UPCAST, STAGES
+    )
+    # Factors about h, half of the chunk's decay, as in kda_triton_gate; e = exp2(h) leads from there to the borders.
+    b_h = tl.where(m_wild, 0.0, 0.5 * b_total)
+    b_e = tl.exp2(b_h)[None, :]
+    b_up = tl.cumsum(b_gate, axis=0) - b_h[None, :]
+    if SUFFIX_SCAN:
+        # Summed from the end: total less prefix cancels by up to 1e-4 in wild channels, which only fp32 can see.
+        b_down = tl.exp2(tl.cumsum(b_gate, axis=0, reverse=True) - b_gate - b_h[None, :])
+    else:
+        b_down = tl.exp2(tl.where(m_wild, b_total, 0.0)[None, :] - b_up)
+    b_up = tl.exp2(b_up)
+    b_k = tl.load(k + o_c[:, None] * stride_kt + o_k[None, :] * stride_kk, mask=m_tk, other=0.0).to(tl.float32)
+    b_k *= b_rk[:, None]
+    b_q = tl.load(q + o_c[:, None] * stride_qt + o_k[None, :] * stride_qk, mask=m_tk, other=0.0).to(tl.float32)
+    b_q *= b_rq[:, None]
+    b_xg = kda_operand(b_k * b_down, DTYPE, PRECISION)
+    b_xk = kda_operand(b_k * b_up, DTYPE, PRECISION)
+    b_xq = kda_operand(b_q * b_up, DTYPE, PRECISION)
+    b_bk *= b_e
+    b_before = b_xg.to(tl.float32) * b_bk
+    m_tame = (b_wild == 0)[None, :]
+    b_tame = tl.where(m_tame, b_xg, 0.0)
+    b_aq = kda_dot(b_dA, b_tame, b_aq * b_e, DTYPE, PRECISION, UPCAST)
+    b_ak = kda_dot(b_dP, b_tame, b_ak * -b_e, DTYPE, PRECISION, UPCAST)
+    b_bk = kda_dot(tl.trans(b_dA), tl.where(m_tame, b_xq, 0.0), b_bk, DTYPE, PRECISION, UPCAST)
+    b_bk = kda_dot(tl.trans(b_dP), tl.where(m_tame, b_xk, 0.0), b_bk, DTYPE, PRECISION, UPCAST)
+    b_x = b_xq.to(tl.float32) * b_aq + b_xk.to(tl.float32) * b_ak - b_xg.to(tl.float32) * b_bk
+    b_kept *= tl.exp2(b_total)
+    if SUFFIX_SCAN:
+        b_dg = tl.cumsum(b_x + b_before, axis=0, reverse=True) + tl.cumsum(b_before, axis=0) - b_before
+        b_dg += b_kept[None, :]
+    else:
+        b_dg = (tl.sum(b_x + b_before, axis=0) + b_kept)[None, :] - (tl.cumsum(b_x, axis=0) - b_x)
+    b_dq = b_up * b_aq + b_diagonal[:, None] * b_k
+    b_dk = b_up * b_ak + b_down * b_bk + b_diagonal[:, None] * b_q
+    if n_wild > 0:
+        m_wtk = m_tk & (b_wild > 0)[None, :]
+        b_dq += tl.load(dq + o_tk, mask=m_wtk, other=0.0).to(tl.float32)
+        b_dk += tl.load(dk + o_tk, mask=m_wtk, other=0.0).to(tl.float32)
+        b_dg += tl.load(dg + o_tk, mask=m_wtk, other=0.0).to(tl.float32)
+        tl.debug_barrier()  # read before other threads write over it
+
+    b_dq = b_rq[:, None] * (b_dq - b_q * (tl.sum(b_dq * b_q, axis=1) * inverse_scale2)[:, None])
+    tl.store(dq + o_tk, b_dq.to(dq.dtype.element_ty), mask=m_tk)
+    b_dk = b_rk[:, None] * (b_dk - b_k * tl.sum(b_dk * b_k, axis=1)[:, None])
+    tl.store(dk + o_tk, b_dk.to(dk.dtype.element_ty), mask=m_tk)
+    b_dg = tl.where(b_gate <= -48.0, 0.0, b_dg)
+    tl.store(dA_log + i_sum, tl.sum(tl.sum(b_dg * b_gate, axis=0), axis=0) * 0.6931471805599453)
+    b_dg *= -a_head / (1.0 + tl.exp2(-b_y))
+    tl.store(dg + o_tk, b_dg.to(dg.dtype.element_ty), mask=m_tk)
+    tl.store(ddt_bias + i_sum * K + o_k, tl.sum(b_dg, axis=0), mask=o_k < K)
+
+
+def kda_rest_bwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    g: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    do: torch.Tensor,
+    gradients: tuple[torch.Tensor, ...],
+    sums: tuple[torch.Tensor, torch.Tensor],
+    scale: float,
+    first_sum: int,
+    t_begin: int,
+    NT: int,
+    first: int,
+    index: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    tiles: tuple[torch.Tensor, ...],
+    borders: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    config: KdaRestConfig,
+    upcast: bool,
+    compile_only: bool = False,
+) -> None:
+    """
+    Write `gradients` = dq, dk, dv, dg, dbeta (contiguous [B, T, H, ...] in the tiles' dtype, dbeta fp32; dv is read)
+    and the entries from `first_sum` on of `sums` = dA_log [., H], ddt_bias [., H, K], fp32.
+
+    Chunks, index and tiles as in kda_intra_fwd (of the tiles, `rows` is read and `channels` written over), borders as
+    in kda_scan_bwd. compile_only: launch nothing (see `launch`).
+    """
+    (B, T, H, K), V, (C, BK) = q.shape, do.shape[-1], tiles[0].shape[2:]
+    dq, dk, dv, dg, dbeta = gradients
+    NC = B * NT if index is None else index[-1].numel()
+    NS = C.bit_length() - 1
+    launch(
+        kda_rest_bwd_kernel, (NC, H), compile_only,
+        q, k, g, do, dv,
+        *borders, *tiles[6:], A_log, dt_bias,
+        dq, dk, dg, dbeta, *sums,
+        *(index or (None, None, None)),
+        scale**-2 if scale else 0.0, T, NT, t_begin, first, first_sum,
+        *q.stride(), *k.stride(), *g.stride(),
+        ALIGN=alignment(q, k, g), H=H, K=K, V=V,
+        BK=BK, BV=config.BV, VP=borders[0].shape[2], BKW=config.BKW, C=C, NS=NS,
+        SPAN=SPAN, FLOOR=FLOOR, BASE=min(BASE, NS),
+        DTYPE=tl.bfloat16 if tiles[0].dtype == torch.bfloat16 else tl.float32,
+        PRECISION=config.precision, SUFFIX_SCAN=q.dtype == torch.float32,
+        PACKED=index is not None, UPCAST=upcast, STAGES=config.num_stages,
+        **launch_options(config),
+    )  # fmt: skip
