@@ -47,8 +47,8 @@ def _workspace(
     """Stage 1's tiles and the borders' states, their gradients and U, for NC chunks."""
     tiles, H, VP = intra_tiles(q, NC, C), q.shape[2], padded(V)
     dtype, BK = tiles[0].dtype, tiles[0].shape[-1]
-    states, dstates = (torch.empty(NC, H, VP, BK, dtype=dtype, device=q.device) for _ in range(2))
-    return tiles, (states, dstates, torch.empty(NC, H, VP, C, dtype=dtype, device=q.device))
+    states, dstates = (torch.empty(NC, H, BK, VP, dtype=dtype, device=q.device) for _ in range(2))
+    return tiles, (states, dstates, torch.empty(NC, H, C, VP, dtype=dtype, device=q.device))
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::chunk_kda_bwd", mutates_args=())

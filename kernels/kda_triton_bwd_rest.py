@@ -27,7 +27,7 @@ from .kda_triton_bwd_wild import BASE, FLOOR, kda_wild_slice_bwd
 from .kda_triton_configs import KdaRestConfig, alignment, launch, launch_options
 from .kda_triton_gate import SPAN
 from .kda_triton_index import kda_chunk_place
-from .kda_triton_math import kda_dot, kda_gate_log2_scaled, kda_operand, kda_sigmoid
+from .kda_triton_math import kda_dot, kda_gate_log2_scaled, kda_operand
 
 try:
     import triton
@@ -37,51 +37,68 @@ except ImportError:
 
 
 @triton.jit
-def kda_pair_gradients(
-    do, dv, u, o_c, n_t,
-    H: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """dO U^T and dV U^T [C, C], fp32."""
-    b_dA = tl.zeros([C, C], tl.float32)
-    b_dP = tl.zeros([C, C], tl.float32)
-    for i_v in range(0, V, BV):
-        o_v = i_v + tl.arange(0, BV)
-        m_tv = (o_c < n_t)[:, None] & (o_v < V)[None, :]
-        o_tv = o_c[:, None] * (H * V) + o_v[None, :]
-        b_u = tl.load(u + o_v[:, None] * C + o_c[None, :])
-        b_dA = kda_dot(tl.load(do + o_tv, mask=m_tv, other=0.0), b_u, b_dA, DTYPE, PRECISION, UPCAST)
-        b_dP = kda_dot(tl.load(dv + o_tv, mask=m_tv, other=0.0), b_u, b_dP, DTYPE, PRECISION, UPCAST)
-    return b_dA, b_dP
-
-
-@triton.jit
-def kda_border_gradients(
+def kda_value_products(
     do, dv, u, states, dstates, o_c, n_t,
-    H: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    H: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dO S^T, dV S^T, U dS'^T [C, BK] and sum_v S dS' [BK], fp32."""
+    """dO U^T, dV U^T [C, C]; S dO^T, S dV^T, dS' U^T [BK, C]; sum_v S dS' [BK]; all fp32."""
     o_k = tl.arange(0, BK)
-    b_q = tl.zeros([C, BK], tl.float32)
-    b_k = tl.zeros([C, BK], tl.float32)
-    b_g = tl.zeros([C, BK], tl.float32)
+    b_dA = tl.zeros([C, C], tl.float32)
+    b_dP = tl.zeros([C, C], tl.float32)
+    b_q = tl.zeros([BK, C], tl.float32)
+    b_k = tl.zeros([BK, C], tl.float32)
+    b_g = tl.zeros([BK, C], tl.float32)
     b_kept = tl.zeros([BK], tl.float32)
     for i_v in tl.range(0, V, BV, num_stages=STAGES):
         o_v = i_v + tl.arange(0, BV)
         m_tv = (o_c < n_t)[:, None] & (o_v < V)[None, :]
         o_tv = o_c[:, None] * (H * V) + o_v[None, :]
-        o_vk = o_v[:, None] * BK + o_k[None, :]
-        b_s = tl.load(states + o_vk)
-        b_ds = tl.load(dstates + o_vk)
+        o_kv = o_k[:, None] * VP + o_v[None, :]
+        b_s = tl.load(states + o_kv)
+        b_ds = tl.load(dstates + o_kv)
         b_do = tl.load(do + o_tv, mask=m_tv, other=0.0)
         b_dv = tl.load(dv + o_tv, mask=m_tv, other=0.0)
-        b_u = tl.load(u + o_v[:, None] * C + o_c[None, :])
-        b_q = kda_dot(b_do, b_s, b_q, DTYPE, PRECISION, UPCAST)
-        b_k = kda_dot(b_dv, b_s, b_k, DTYPE, PRECISION, UPCAST)
-        b_g = kda_dot(tl.trans(b_u), b_ds, b_g, DTYPE, PRECISION, UPCAST)
-        b_kept += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32), axis=0)
-    return b_q, b_k, b_g, b_kept
+        b_u = tl.trans(tl.load(u + o_c[:, None] * VP + o_v[None, :]))
+        b_q = kda_dot(b_s, tl.trans(b_do), b_q, DTYPE, PRECISION, UPCAST)
+        b_k = kda_dot(b_s, tl.trans(b_dv), b_k, DTYPE, PRECISION, UPCAST)
+        b_g = kda_dot(b_ds, b_u, b_g, DTYPE, PRECISION, UPCAST)
+        b_dA = kda_dot(b_do, b_u, b_dA, DTYPE, PRECISION, UPCAST)
+        b_dP = kda_dot(b_dv, b_u, b_dP, DTYPE, PRECISION, UPCAST)
+        b_kept += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32), axis=1)
+    return b_dA, b_dP, b_q, b_k, b_g, b_kept
+
+
+@triton.jit
+def kda_load_transposed(
+    x, stride_t, stride_k, n_t, o_c, o_k,
+    K: tl.constexpr, LOGITS: tl.constexpr, DTYPE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """
+    A chunk's rows as columns, [BK, C] in fp32; 0 outside. bf16 must be finite.
+
+    The product with 1 leaves bf16 as it is and brings it to where the other products' results are (registers of
+    tensor cores), so that all that follows is computed there.
+    """
+    m_kt = (o_k < K)[:, None] & (o_c < n_t)[None, :]
+    b_x = tl.load(x + o_c[None, :] * stride_t + o_k[:, None] * stride_k, mask=m_kt, other=0.0)
+    if DTYPE == tl.bfloat16:
+        if LOGITS:  # an infinite one is as good as 1e30, and 0 times that is 0
+            b_x = tl.minimum(tl.maximum(b_x.to(tl.float32), -1e30), 1e30)
+        b_one = tl.where(o_c[:, None] == o_c[None, :], 1.0, 0.0)
+        return kda_dot(b_x, b_one, None, DTYPE, "tf32", UPCAST)
+    return b_x.to(tl.float32)
+
+
+@triton.jit
+def kda_load_logits(
+    g, dt_bias, stride_t, stride_k, n_t, o_c, o_k, K: tl.constexpr, DTYPE: tl.constexpr, UPCAST: tl.constexpr
+):
+    """Biased gate logits of a chunk over ln 2, [BK, C] in fp32; -inf outside."""
+    b_g = kda_load_transposed(g, stride_t, stride_k, n_t, o_c, o_k, K, True, DTYPE, UPCAST)
+    b_bias = tl.load(dt_bias + o_k, mask=o_k < K, other=0.0).to(tl.float32) * 1.4426950408889634
+    b_y = b_g * 1.4426950408889634 + b_bias[:, None]
+    return tl.where((o_k < K)[:, None] & (o_c < n_t)[None, :], b_y, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["T", "NT", "t_begin", "first", "first_sum", "stride_qb", "stride_kb", "stride_gb"])
@@ -129,22 +146,30 @@ def kda_rest_bwd_kernel(
     rows += i_tile * (4 * C)
     dt_bias += i_h * K
     a_head = tl.exp(tl.load(A_log + i_h).to(tl.float32))
-    m_tk = (o_c < n_t)[:, None] & (o_k < K)[None, :]
-    o_tk = o_c[:, None] * (H * K) + o_k[None, :]
+    m_kt = (o_k < K)[:, None] & (o_c < n_t)[None, :]
+    o_kt = o_c[None, :] * (H * K) + o_k[:, None]
 
-    b_y = tl.load(g + o_c[:, None] * stride_gt + o_k[None, :] * stride_gk, mask=m_tk, other=float("-inf"))
-    b_bias = tl.load(dt_bias + o_k, mask=o_k < K, other=0.0).to(tl.float32) * 1.4426950408889634
-    b_y = b_y.to(tl.float32) * 1.4426950408889634 + b_bias[None, :]
+    b_y = kda_load_logits(g, dt_bias, stride_gt, stride_gk, n_t, o_c, o_k, K, DTYPE, UPCAST)
     b_gate = kda_gate_log2_scaled(b_y, a_head)
-    b_total = tl.sum(b_gate, axis=0)
+    b_total = tl.sum(b_gate, axis=1)
     m_wild = b_total < -SPAN
     b_wild = m_wild.to(tl.int32)
     n_wild = tl.sum(b_wild, axis=0)
-    b_rq, b_rk = tl.load(rows + o_c), tl.load(rows + C + o_c)
+    # Factors about h, half of the chunk's decay, as in kda_triton_gate.
+    b_h = tl.where(m_wild, 0.0, 0.5 * b_total)
+    b_up = tl.cumsum(b_gate, axis=1) - b_h[:, None]
+    if SUFFIX_SCAN:
+        # Summed from the end: total less prefix cancels by up to 1e-4 in wild channels, which only fp32 can see.
+        b_down = tl.cumsum(b_gate, axis=1, reverse=True) - b_gate - b_h[:, None]
+    else:
+        b_down = tl.where(m_wild, b_total, 0.0)[:, None] - b_up
 
-    b_dA, b_dP = kda_pair_gradients(do, dv, u, o_c, n_t, H, V, BV, C, DTYPE, PRECISION, UPCAST)
+    b_dA, b_dP, b_dq, b_dk, b_x, b_kept = kda_value_products(
+        do, dv, u, states, dstates, o_c, n_t, H, V, BK, VP, BV, C, DTYPE, PRECISION, UPCAST, STAGES
+    )
     m_diagonal = o_c[:, None] == o_c[None, :]
-    b_diagonal = tl.sum(tl.where(m_diagonal, b_dA, 0.0), axis=1)
+    # Through memory, so that the compiler need not carry this product's layout into the others'.
+    tl.store(rows + 2 * C + o_c, tl.sum(tl.where(m_diagonal, b_dA, 0.0), axis=1))
     b_beta = tl.load(rows + 3 * C + o_c)
     b_dbeta = tl.sum(tl.where(m_diagonal, b_dP, 0.0), axis=1) * (1.0 - b_beta) / tl.where(b_beta > 0.0, b_beta, 1.0)
     tl.store(dbeta + i_t + o_c * H, tl.where(b_beta > 0.0, b_dbeta, 0.0), mask=o_c < n_t)
@@ -153,7 +178,9 @@ def kda_rest_bwd_kernel(
     b_dP = kda_operand(tl.where(m_lower, -b_dP, 0.0), DTYPE, PRECISION)
     if n_wild > 0:
         tl.store(channels + tl.cumsum(b_wild, axis=0) - 1, o_k.to(tl.int16), mask=m_wild)
-        tl.debug_barrier()  # `channels` was written by other threads
+    tl.debug_barrier()  # `channels` and `rows` were written by other threads
+    if n_wild > 0:
+        b_rq, b_rk = tl.load(rows + o_c), tl.load(rows + C + o_c)
         for i_k in tl.range(0, n_wild, BKW, num_stages=1):
             o_w = i_k + tl.arange(0, BKW)
             o_kw = tl.load(channels + o_w, mask=o_w < n_wild, other=K).to(tl.int32)
@@ -164,59 +191,54 @@ def kda_rest_bwd_kernel(
             )  # fmt: skip
         tl.debug_barrier()  # dq, dk, dg are read below by other threads
 
-    b_aq, b_ak, b_bk, b_kept = kda_border_gradients(
-        do, dv, u, states, dstates, o_c, n_t, H, V, BK, BV, C, DTYPE, PRECISION, UPCAST, STAGES
-    )
-    # Factors about h, half of the chunk's decay, as in kda_triton_gate; e = exp2(h) leads from there to the borders.
-    b_h = tl.where(m_wild, 0.0, 0.5 * b_total)
-    b_e = tl.exp2(b_h)[None, :]
-    b_up = tl.cumsum(b_gate, axis=0) - b_h[None, :]
-    if SUFFIX_SCAN:
-        # Summed from the end: total less prefix cancels by up to 1e-4 in wild channels, which only fp32 can see.
-        b_down = tl.exp2(tl.cumsum(b_gate, axis=0, reverse=True) - b_gate - b_h[None, :])
-    else:
-        b_down = tl.exp2(tl.where(m_wild, b_total, 0.0)[None, :] - b_up)
-    b_up = tl.exp2(b_up)
-    b_k = tl.load(k + o_c[:, None] * stride_kt + o_k[None, :] * stride_kk, mask=m_tk, other=0.0).to(tl.float32)
-    b_k *= b_rk[:, None]
-    b_q = tl.load(q + o_c[:, None] * stride_qt + o_k[None, :] * stride_qk, mask=m_tk, other=0.0).to(tl.float32)
-    b_q *= b_rq[:, None]
-    b_xg = kda_operand(b_k * b_down, DTYPE, PRECISION)
-    b_xk = kda_operand(b_k * b_up, DTYPE, PRECISION)
-    b_xq = kda_operand(b_q * b_up, DTYPE, PRECISION)
-    b_bk *= b_e
-    b_before = b_xg.to(tl.float32) * b_bk
-    m_tame = (b_wild == 0)[None, :]
-    b_tame = tl.where(m_tame, b_xg, 0.0)
-    b_aq = kda_dot(b_dA, b_tame, b_aq * b_e, DTYPE, PRECISION, UPCAST)
-    b_ak = kda_dot(b_dP, b_tame, b_ak * -b_e, DTYPE, PRECISION, UPCAST)
-    b_bk = kda_dot(tl.trans(b_dA), tl.where(m_tame, b_xq, 0.0), b_bk, DTYPE, PRECISION, UPCAST)
-    b_bk = kda_dot(tl.trans(b_dP), tl.where(m_tame, b_xk, 0.0), b_bk, DTYPE, PRECISION, UPCAST)
-    b_x = b_xq.to(tl.float32) * b_aq + b_xk.to(tl.float32) * b_ak - b_xg.to(tl.float32) * b_bk
+    b_e = tl.exp2(b_h)[:, None]  # from h to the borders
     b_kept *= tl.exp2(b_total)
+    b_rq, b_rk = tl.load(rows + o_c)[None, :], tl.load(rows + C + o_c)[None, :]
+    b_k = kda_load_transposed(k, stride_kt, stride_kk, n_t, o_c, o_k, K, False, DTYPE, UPCAST) * b_rk
+    b_xg = kda_operand(b_k * tl.exp2(b_down), DTYPE, PRECISION)
+    b_xk = kda_operand(b_k * tl.exp2(b_up), DTYPE, PRECISION)
+    b_x *= b_e
+    b_before = b_xg.to(tl.float32) * b_x
+    m_tame = (b_wild == 0)[:, None]
+    b_tame = tl.where(m_tame, b_xg, 0.0)
+    b_dq = kda_dot(b_tame, tl.trans(b_dA), b_dq * b_e, DTYPE, PRECISION, UPCAST)
+    b_dk = kda_dot(b_tame, tl.trans(b_dP), b_dk * -b_e, DTYPE, PRECISION, UPCAST)
+    b_q = kda_load_transposed(q, stride_qt, stride_qk, n_t, o_c, o_k, K, False, DTYPE, UPCAST) * b_rq
+    b_xq = kda_operand(b_q * tl.exp2(b_up), DTYPE, PRECISION)
+    b_x = kda_dot(tl.where(m_tame, b_xq, 0.0), b_dA, b_x, DTYPE, PRECISION, UPCAST)
+    b_x = kda_dot(tl.where(m_tame, b_xk, 0.0), b_dP, b_x, DTYPE, PRECISION, UPCAST)
+    b_pairs = b_xq.to(tl.float32) * b_dq + b_xk.to(tl.float32) * b_dk - b_xg.to(tl.float32) * b_x
     if SUFFIX_SCAN:
-        b_dg = tl.cumsum(b_x + b_before, axis=0, reverse=True) + tl.cumsum(b_before, axis=0) - b_before
-        b_dg += b_kept[None, :]
+        b_dg = tl.cumsum(b_pairs + b_before, axis=1, reverse=True) + tl.cumsum(b_before, axis=1) - b_before
+        b_dg += b_kept[:, None]
     else:
-        b_dg = (tl.sum(b_x + b_before, axis=0) + b_kept)[None, :] - (tl.cumsum(b_x, axis=0) - b_x)
-    b_dq = b_up * b_aq + b_diagonal[:, None] * b_k
-    b_dk = b_up * b_ak + b_down * b_bk + b_diagonal[:, None] * b_q
+        b_dg = (tl.sum(b_pairs + b_before, axis=1) + b_kept)[:, None] - (tl.cumsum(b_pairs, axis=1) - b_pairs)
+    m_wkt = m_kt & (b_wild > 0)[:, None]
     if n_wild > 0:
-        m_wtk = m_tk & (b_wild > 0)[None, :]
-        b_dq += tl.load(dq + o_tk, mask=m_wtk, other=0.0).to(tl.float32)
-        b_dk += tl.load(dk + o_tk, mask=m_wtk, other=0.0).to(tl.float32)
-        b_dg += tl.load(dg + o_tk, mask=m_wtk, other=0.0).to(tl.float32)
+        b_dg += tl.load(dg + o_kt, mask=m_wkt, other=0.0).to(tl.float32)
         tl.debug_barrier()  # read before other threads write over it
-
-    b_dq = b_rq[:, None] * (b_dq - b_q * (tl.sum(b_dq * b_q, axis=1) * inverse_scale2)[:, None])
-    tl.store(dq + o_tk, b_dq.to(dq.dtype.element_ty), mask=m_tk)
-    b_dk = b_rk[:, None] * (b_dk - b_k * tl.sum(b_dk * b_k, axis=1)[:, None])
-    tl.store(dk + o_tk, b_dk.to(dk.dtype.element_ty), mask=m_tk)
+    # Logits, q and k are loaded again, not kept: registers are what this kernel lacks.
+    b_y = kda_load_logits(g, dt_bias, stride_gt, stride_gk, n_t, o_c, o_k, K, DTYPE, UPCAST)
+    b_gate = kda_gate_log2_scaled(b_y, a_head)
     b_dg = tl.where(b_gate <= -48.0, 0.0, b_dg)
-    tl.store(dA_log + i_sum, tl.sum(tl.sum(b_dg * b_gate, axis=0), axis=0) * 0.6931471805599453)
+    tl.store(dA_log + i_sum, tl.sum(tl.sum(b_dg * b_gate, axis=1), axis=0) * 0.6931471805599453)
     b_dg *= -a_head / (1.0 + tl.exp2(-b_y))
-    tl.store(dg + o_tk, b_dg.to(dg.dtype.element_ty), mask=m_tk)
-    tl.store(ddt_bias + i_sum * K + o_k, tl.sum(b_dg, axis=0), mask=o_k < K)
+    tl.store(dg + o_kt, b_dg.to(dg.dtype.element_ty), mask=m_kt)
+    tl.store(ddt_bias + i_sum * K + o_k, tl.sum(b_dg, axis=1), mask=o_k < K)
+
+    b_diagonal = tl.load(rows + 2 * C + o_c)[None, :]
+    b_k = kda_load_transposed(k, stride_kt, stride_kk, n_t, o_c, o_k, K, False, DTYPE, UPCAST) * b_rk
+    b_q = kda_load_transposed(q, stride_qt, stride_qk, n_t, o_c, o_k, K, False, DTYPE, UPCAST) * b_rq
+    b_dq = tl.exp2(b_up) * b_dq + b_diagonal * b_k
+    b_dk = tl.exp2(b_up) * b_dk + tl.exp2(b_down) * b_x + b_diagonal * b_q
+    if n_wild > 0:
+        b_dq += tl.load(dq + o_kt, mask=m_wkt, other=0.0).to(tl.float32)
+        b_dk += tl.load(dk + o_kt, mask=m_wkt, other=0.0).to(tl.float32)
+        tl.debug_barrier()  # as above
+    b_dq = b_rq * (b_dq - b_q * (tl.sum(b_dq * b_q, axis=0) * inverse_scale2)[None, :])
+    tl.store(dq + o_kt, b_dq.to(dq.dtype.element_ty), mask=m_kt)
+    b_dk = b_rk * (b_dk - b_k * tl.sum(b_dk * b_k, axis=0)[None, :])
+    tl.store(dk + o_kt, b_dk.to(dk.dtype.element_ty), mask=m_kt)
 
 
 def kda_rest_bwd(
@@ -260,7 +282,7 @@ def kda_rest_bwd(
         scale**-2 if scale else 0.0, T, NT, t_begin, first, first_sum,
         *q.stride(), *k.stride(), *g.stride(),
         ALIGN=alignment(q, k, g), H=H, K=K, V=V,
-        BK=BK, BV=config.BV, VP=borders[0].shape[2], BKW=config.BKW, C=C, NS=NS,
+        BK=BK, BV=config.BV, VP=borders[0].shape[3], BKW=config.BKW, C=C, NS=NS,
         SPAN=SPAN, FLOOR=FLOOR, BASE=min(BASE, NS),
         DTYPE=tl.bfloat16 if tiles[0].dtype == torch.bfloat16 else tl.float32,
         PRECISION=config.precision, SUFFIX_SCAN=q.dtype == torch.float32,

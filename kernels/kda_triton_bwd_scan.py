@@ -36,7 +36,7 @@ def kda_states_half(
     H: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Half 0 from the state `b_s` [BV, BK] on: writes `states` [V, BK] and `u` [V, C] of NT chunks."""
+    """Half 0 from the state `b_s` [BV, BK] on: writes `states` [BK, V] and `u` [C, V] of NT chunks."""
     o_k, o_c = tl.arange(0, BK), tl.arange(0, C)
     o_ck = o_c[:, None] * BK + o_k[None, :]
     o_cc = o_c[:, None] * C + o_c[None, :]
@@ -53,8 +53,8 @@ def kda_states_half(
         b_u = kda_dot(tl.trans(b_v), tl.trans(b_M), None, DTYPE, PRECISION, UPCAST)
         b_u = kda_dot(b_r, tl.trans(b_M), b_u, DTYPE, PRECISION, UPCAST).to(DTYPE)
         b_s = kda_dot(b_u, b_xg, b_s * b_decay[None, :], DTYPE, PRECISION, UPCAST)
-        tl.store(states + o_v[:, None] * BK + o_k[None, :], b_s1)
-        tl.store(u + o_v[:, None] * C + o_c[None, :], b_u)
+        tl.store(states + o_k[None, :] * VP + o_v[:, None], b_s1)
+        tl.store(u + o_c[None, :] * VP + o_v[:, None], b_u)
 
         xk += H * C * BK
         xg += H * C * BK
@@ -72,7 +72,7 @@ def kda_gradients_half(
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """
-    Half 1 from the gradient `b_ds` [BV, BK] of the last state back: writes `dv` and `dstates` [V, BK] of NT chunks.
+    Half 1 from the gradient `b_ds` [BV, BK] of the last state back: writes `dv` and `dstates` [BK, V] of NT chunks.
 
     Pointers are at the first chunk. Returns the gradient of the state before it.
     """
@@ -106,7 +106,7 @@ def kda_gradients_half(
         b_dv = kda_dot(b_du, b_M, None, DTYPE, PRECISION, UPCAST).to(DTYPE)
         b_ds = kda_dot(tl.trans(b_do), b_xq, b_ds * b_decay[None, :], DTYPE, PRECISION, UPCAST)
         b_ds = kda_dot(b_dv, b_xk, b_ds, DTYPE, PRECISION, UPCAST)
-        tl.store(dstates + o_v[:, None] * BK + o_k[None, :], b_ds1)
+        tl.store(dstates + o_k[None, :] * VP + o_v[:, None], b_ds1)
         tl.store(dv + o_tv, tl.trans(b_dv), mask=m_tv)
 
         xq -= H * C * BK
@@ -203,7 +203,7 @@ def kda_scan_bwd(
     compile_only: bool = False,
 ) -> None:
     """
-    Fill `borders` = states, dstates [NC, H, VP, BK] and u [NC, H, VP, C], and write dv and dstate_in.
+    Fill `borders` = states, dstates [NC, H, BK, VP] and u [NC, H, C, VP], and write dv and dstate_in.
 
     Chunks, index and tiles as in kda_inter_fwd; v [B, T, H, V] by strides; do and dv (in the tiles' dtype) contiguous
     [B, T, H, V]; states [N, H, K, V] contiguous fp32. compile_only: launch nothing (see `launch`).
@@ -219,7 +219,7 @@ def kda_scan_bwd(
         int(state_in is not None), int(dstate_out is not None), v.shape[1], NT, t_begin, first,
         *v.stride(),
         ALIGN=alignment(v), H=H, K=K, V=V,
-        BK=xq.shape[-1], BV=config.BV, VP=borders[0].shape[2], C=A.shape[-1],
+        BK=xq.shape[-1], BV=config.BV, VP=borders[0].shape[3], C=A.shape[-1],
         DTYPE=tl.bfloat16 if xq.dtype == torch.bfloat16 else tl.float32, PRECISION=config.precision,
         PACKED=index is not None, UPCAST=upcast, STAGES=config.num_stages,
         **launch_options(config),
