@@ -3,8 +3,8 @@ KDA on GPUs with Triton: the chunked backward, as one call per stage. Equations 
 
 The forward keeps its inputs and, for long prompts, the state before each segment; nothing else. The backward takes the
 segments from the last to the first. Of each it computes stage 1 of the forward again (kda_triton_intra), then the
-states at all chunks' borders and, in the same launch, their gradients (kda_triton_bwd_scan), then everything else chunk
-by chunk (kda_triton_bwd_rest). benchmarks/kda_backward_notes.md counts the bytes behind this choice.
+states at all chunks' borders and, in the same launch, their gradients (kda_triton_bwd_scan), then chunk by chunk the
+gradients of the products inside (kda_triton_bwd_pairs) and everything else (kda_triton_bwd_rest). benchmarks/kda_backward_notes.md counts the bytes behind this choice.
 
 Seam for context parallelism: a rank that holds a stretch of tokens needs the state before it (`initial_state`) and the
 gradient of the state after it (`dstate`), and gives back the state after it and the gradient of the state before it.
@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from .device_guard import launching_on
+from .kda_triton_bwd_pairs import kda_pairs_bwd
 from .kda_triton_bwd_rest import kda_rest_bwd
 from .kda_triton_bwd_scan import kda_scan_bwd
-from .kda_triton_configs import CHUNK, gpu_of, intra_config, padded, rest_config, scan_config
+from .kda_triton_configs import CHUNK, gpu_of, intra_config, padded, pairs_config, rest_config, scan_config
 from .kda_triton_index import kda_index_fwd
 from .kda_triton_intra import intra_tiles, kda_intra_fwd
 from .kda_triton_lanes import compile_side_by_side
@@ -43,12 +44,13 @@ def segment_count(B: int, T: int, packed: bool) -> int:
 
 def _workspace(
     q: torch.Tensor, V: int, NC: int, C: int
-) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Stage 1's tiles and the borders' states, their gradients and U, for NC chunks."""
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Stage 1's tiles, and for NC chunks the states at their borders, these' gradients, U and `radial` (bwd_pairs)."""
     tiles, H, VP = intra_tiles(q, NC, C), q.shape[2], padded(V)
     dtype, BK = tiles[0].dtype, tiles[0].shape[-1]
     states, dstates = (torch.empty(NC, H, BK, VP, dtype=dtype, device=q.device) for _ in range(2))
-    return tiles, (states, dstates, torch.empty(NC, H, C, VP, dtype=dtype, device=q.device))
+    u = torch.empty(NC, H, C, VP, dtype=dtype, device=q.device)
+    return tiles, (states, dstates, u, torch.empty(NC, H, 2, C, dtype=torch.float32, device=q.device))
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::chunk_kda_bwd", mutates_args=())
@@ -65,6 +67,7 @@ def _chunk_kda_bwd(
     scale: float,
     initial_state: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
+    o: torch.Tensor,
     segment_states: torch.Tensor,
 ) -> tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
@@ -83,16 +86,19 @@ def _chunk_kda_bwd(
     dstate = None if dstate is None else dstate.float().contiguous()
     name, gpu = str(q.dtype).removeprefix("torch."), gpu_of(device)
     intra, scan, rest = intra_config(gpu, K, name), scan_config(gpu, K, V, name), rest_config(gpu, K, V, name)
+    pairs = pairs_config(gpu, V, name)
     C, upcast = intra.C, interpreted() and q.dtype == torch.bfloat16
 
     # A segment: first token of each row, chunks of each row, 0 (its first entry in the tiles), index of a pack.
-    def stages(state: torch.Tensor | None, dstate: torch.Tensor | None, *segment: Any) -> tuple[Any, Any, Any]:
+    def stages(state: torch.Tensor | None, dstate: torch.Tensor | None, *segment: Any) -> tuple[Any, Any, Any, Any]:
         first_sum = B * (segment[0] // C)
         return (
             partial(kda_intra_fwd, q, k, g, beta, A_log, dt_bias, scale, *segment, tiles, intra, upcast),
             partial(kda_scan_bwd, v, do, dv, borders, state, dstate, dstate_in, *segment, tiles, scan, upcast),
-            partial(kda_rest_bwd, q, k, g, A_log, dt_bias, do, gradients, sums, scale, first_sum, *segment, tiles,
-                    borders, rest, upcast),
+            partial(kda_pairs_bwd, q, k, v, g, A_log, dt_bias, o, do, gradients, scale, *segment, tiles, borders, pairs,
+                    upcast),
+            partial(kda_rest_bwd, q, k, g, A_log, dt_bias, do, gradients, sums, first_sum, *segment, tiles, borders, rest,
+                    upcast),
         )  # fmt: skip
 
     with launching_on(device):
@@ -107,25 +113,25 @@ def _chunk_kda_bwd(
             index = (cu_seqlens, *kda_index_fwd(cu_seqlens, T, C))
             NC, plan = index[-1].numel(), [(0, 0, 0, index)]
             tiles, borders = _workspace(q, V, NC, C)
-        sums = tuple(torch.empty(NC, H, *size, dtype=torch.float32, device=device) for size in ((), (K,)))
+        sums = tuple(torch.empty(NC, H, *size, dtype=torch.float32, device=device) for size in ((padded(K) // rest.BK,), (K,)))
         if N * H > 0:
             kind = ("backward", device, H, K, V, q.dtype, A_log.dtype, dt_bias.dtype, cu_seqlens is None)
             compile_side_by_side(kind, device, *(partial(s, compile_only=True) for s in stages(None, None, *plan[0])))
             for i in reversed(range(len(plan))):
-                first, second, third = stages(segment_states[i - 1] if i > 0 else initial_state, dstate, *plan[i])
+                intra_stage, scan_stage, *last_stages = stages(segment_states[i - 1] if i > 0 else initial_state, dstate, *plan[i])
                 if NC > 0:
-                    first()
-                second()
-                if NC > 0:
-                    third()
+                    intra_stage()
+                scan_stage()
+                for stage in last_stages if NC > 0 else ():
+                    stage()
                 dstate = dstate_in
-        dA_log, ddt_bias = sums[0].sum(0), sums[1].sum(0).reshape(-1)
+        dA_log, ddt_bias = sums[0].sum((0, 2)), sums[1].sum(0).reshape(-1)
         dq, dk, dv, dg, dbeta = (x.to(q.dtype) for x in gradients)
     return dq, dk, dv, dg, dbeta, dA_log.to(A_log.dtype), ddt_bias.to(dt_bias.dtype), dstate_in
 
 
 @_chunk_kda_bwd.register_fake
-def _(do, dstate, q, k, v, g, beta, A_log, dt_bias, scale, initial_state, cu_seqlens, segment_states):
+def _(do, dstate, q, k, v, g, beta, A_log, dt_bias, scale, initial_state, cu_seqlens, o, segment_states):
     # As new tensors, dense whatever the strides of the inputs are.
     (N, H, K, V), B, T = segment_states.shape[1:], *q.shape[:2]
     dq, dk, dg = (q.new_empty(B, T, H, K) for _ in range(3))
@@ -136,7 +142,7 @@ def _(do, dstate, q, k, v, g, beta, A_log, dt_bias, scale, initial_state, cu_seq
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     q, k, v, g, beta, A_log, dt_bias, ctx.scale, initial_state, cu_seqlens, ctx.training = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, output[2])
+    ctx.save_for_backward(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, output[0], output[2])
 
 
 def _backward(
@@ -144,9 +150,9 @@ def _backward(
 ) -> tuple[torch.Tensor | None, ...]:
     if not ctx.training:
         raise RuntimeError("chunk_kda_fwd was called without training=True, so the states that its backward needs are gone")
-    *inputs, initial_state, cu_seqlens, segment_states = ctx.saved_tensors
+    *inputs, initial_state, cu_seqlens, o, segment_states = ctx.saved_tensors
     do = torch.zeros_like(inputs[2]) if do is None else do
-    gradients = _chunk_kda_bwd(do, dstate, *inputs, ctx.scale, initial_state, cu_seqlens, segment_states)
+    gradients = _chunk_kda_bwd(do, dstate, *inputs, ctx.scale, initial_state, cu_seqlens, o, segment_states)
     return *gradients[:7], None, None if initial_state is None else gradients[7], None, None
 
 

@@ -1,21 +1,21 @@
 """
-KDA backward, stage 3 of 3: everything that a chunk can do alone once the states at its borders and their gradients are
-known. One program per chunk and head.
+KDA backward, stage 4 of 4: everything else that a chunk can do alone once the states at its borders and their gradients are
+known. One program per chunk, head and
+block of BK key channels: nothing here mixes channels.
 
 S is the state before the chunk, dS' the gradient of the state after it, U and dV the chunk's writes and their gradients
-(kda_triton_bwd_scan), dO that of the outputs; q, k normalised, q scaled; G_i the cumulative log decay. Then
+(kda_triton_bwd_scan), dO that of the outputs, dA and dP those of the products (kda_triton_bwd_pairs); q, k normalised, q
+scaled; G_i the cumulative log decay. Then
 
-    dA = dO U^T   (j <= i)        dP = -dV U^T   (j < i)        with P_ij = sum_d k_id k_jd exp(G_id - G_jd)
     dq_i = exp(G_i) (dO S^T)_i                              + sum_j dA_ij k_j exp(G_i - G_j)
     dk_i = exp(G_C - G_i) (U dS'^T)_i - exp(G_i) (dV S^T)_i + sum_j dP_ij k_j exp(G_i - G_j)
                                                             + sum_j (dA_ji q_j + dP_ji k_j) exp(G_j - G_i)
     dg_i = all that the decay of token i shrinks: sum over i' >= i of exp(G_i') (q_i' dO S^T - k_i' dV S^T)
            + sum over j < i of exp(G_C - G_j) k_j U dS'^T + exp(G_C) sum_v S dS' + pairs i' >= i > j (dA, dP)
-    dbeta_logit_i = (1 - beta_i) / beta_i sum_v dV_i U_i    since U = beta (error of the prediction)
 
 and through l2norm, softplus and exp(A_log) to the inputs. The pairs of tame channels are products of tiles about one
 reference, as in kda_triton_gate; there the pairs before and after a token cancel in dg, which is exact to fp32 because
-operands are rounded before they are used on either side. Wild channels' pairs: kda_triton_bwd_wild. A gate at its
+operands are rounded before they are used on either side. Wild channels' pairs are in dq, dk and dg already. A gate at its
 floor (2^-48, see kda_gate_log2) has gradient 0.
 
 Sums over all tokens (dA_log, ddt_bias) leave as one entry per chunk; the caller adds these up in a fixed order.
@@ -23,9 +23,7 @@ Sums over all tokens (dA_log, ddt_bias) leave as one entry per chunk; the caller
 
 import torch
 
-from .kda_triton_bwd_wild import BASE, FLOOR, kda_wild_slice_bwd
 from .kda_triton_configs import KdaRestConfig, alignment, launch, launch_options
-from .kda_triton_gate import SPAN
 from .kda_triton_index import kda_chunk_place
 from .kda_triton_math import kda_dot, kda_gate_log2_scaled, kda_operand
 
@@ -38,14 +36,11 @@ except ImportError:
 
 @triton.jit
 def kda_value_products(
-    do, dv, u, states, dstates, o_c, n_t,
+    do, dv, u, states, dstates, o_c, o_k, n_t,
     H: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dO U^T, dV U^T [C, C]; S dO^T, S dV^T, dS' U^T [BK, C]; sum_v S dS' [BK]; all fp32."""
-    o_k = tl.arange(0, BK)
-    b_dA = tl.zeros([C, C], tl.float32)
-    b_dP = tl.zeros([C, C], tl.float32)
+    """S dO^T, S dV^T, dS' U^T [BK, C] and sum_v S dS' [BK], fp32."""
     b_q = tl.zeros([BK, C], tl.float32)
     b_k = tl.zeros([BK, C], tl.float32)
     b_g = tl.zeros([BK, C], tl.float32)
@@ -57,16 +52,14 @@ def kda_value_products(
         o_kv = o_k[:, None] * VP + o_v[None, :]
         b_s = tl.load(states + o_kv)
         b_ds = tl.load(dstates + o_kv)
-        b_do = tl.load(do + o_tv, mask=m_tv, other=0.0)
-        b_dv = tl.load(dv + o_tv, mask=m_tv, other=0.0)
+        b_do = tl.trans(tl.load(do + o_tv, mask=m_tv, other=0.0))
+        b_dv = tl.trans(tl.load(dv + o_tv, mask=m_tv, other=0.0))
         b_u = tl.trans(tl.load(u + o_c[:, None] * VP + o_v[None, :]))
-        b_q = kda_dot(b_s, tl.trans(b_do), b_q, DTYPE, PRECISION, UPCAST)
-        b_k = kda_dot(b_s, tl.trans(b_dv), b_k, DTYPE, PRECISION, UPCAST)
+        b_q = kda_dot(b_s, b_do, b_q, DTYPE, PRECISION, UPCAST)
+        b_k = kda_dot(b_s, b_dv, b_k, DTYPE, PRECISION, UPCAST)
         b_g = kda_dot(b_ds, b_u, b_g, DTYPE, PRECISION, UPCAST)
-        b_dA = kda_dot(b_do, b_u, b_dA, DTYPE, PRECISION, UPCAST)
-        b_dP = kda_dot(b_dv, b_u, b_dP, DTYPE, PRECISION, UPCAST)
         b_kept += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32), axis=1)
-    return b_dA, b_dP, b_q, b_k, b_g, b_kept
+    return b_q, b_k, b_g, b_kept
 
 
 @triton.jit
@@ -91,6 +84,15 @@ def kda_load_transposed(
 
 
 @triton.jit
+def kda_load_rows(
+    x, rows, stride_t, stride_k, n_t, o_c, o_k, K: tl.constexpr, DTYPE: tl.constexpr, UPCAST: tl.constexpr
+):
+    """A chunk of q or k, normalised by the factors `rows` [C]; [BK, C] in fp32."""
+    b_x = kda_load_transposed(x, stride_t, stride_k, n_t, o_c, o_k, K, False, DTYPE, UPCAST)
+    return b_x * tl.load(rows + o_c)[None, :]
+
+
+@triton.jit
 def kda_load_logits(
     g, dt_bias, stride_t, stride_k, n_t, o_c, o_k, K: tl.constexpr, DTYPE: tl.constexpr, UPCAST: tl.constexpr
 ):
@@ -104,29 +106,29 @@ def kda_load_logits(
 @triton.jit(do_not_specialize=["T", "NT", "t_begin", "first", "first_sum", "stride_qb", "stride_kb", "stride_gb"])
 def kda_rest_bwd_kernel(
     q, k, g, do, dv,
-    states, dstates, u, channels, rows, A_log, dt_bias,
-    dq, dk, dg, dbeta, dA_log, ddt_bias,
+    states, dstates, u, radial, decay, dA, dP, rows, A_log, dt_bias,
+    dq, dk, dg, dA_log, ddt_bias,
     cu_seqlens, chunk_offsets, chunk_seq,
-    inverse_scale2, T, NT, t_begin, first, first_sum,
+    T, NT, t_begin, first, first_sum,
     stride_qb: tl.int64, stride_qt, stride_qh, stride_qk,
     stride_kb: tl.int64, stride_kt, stride_kh, stride_kk,
     stride_gb: tl.int64, stride_gt, stride_gh, stride_gk,
     ALIGN: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, VP: tl.constexpr, BKW: tl.constexpr, C: tl.constexpr, NS: tl.constexpr,
-    SPAN: tl.constexpr, FLOOR: tl.constexpr, BASE: tl.constexpr,
+    KP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, SUFFIX_SCAN: tl.constexpr,
     PACKED: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """
-    See the module docstring. do, dv, dq, dk, dg, dbeta are contiguous [B, T, H, ...]; dA_log [., H] and ddt_bias
-    [., H, K] take entries from `first_sum` on. dq, dk, dg hold the wild channels' part on the way.
+    See the module docstring. do, dv, dq, dk, dg are contiguous [B, T, H, ...]; dA_log [., H, blocks] and ddt_bias
+    [., H, K] take entries from `first_sum` on.
     """
-    i_c, i_h = tl.program_id(0), tl.program_id(1)
+    NB: tl.constexpr = KP // BK
+    i_k, i_c, i_h = tl.program_id(0) % NB, tl.program_id(0) // NB, tl.program_id(1)
     i_b, t0, n_t = kda_chunk_place(cu_seqlens, chunk_offsets, chunk_seq, i_c, T, NT, t_begin, C, PACKED)
-    o_c, o_k = tl.arange(0, C), tl.arange(0, BK)
+    o_c, o_k = tl.arange(0, C), i_k * BK + tl.arange(0, BK)
     i_sum = (first_sum + i_c).to(tl.int64) * H + i_h
     if n_t <= 0:  # of a pack's index, an entry after the last chunk
-        tl.store(dA_log + i_sum, 0.0)
+        tl.store(dA_log + i_sum * NB + i_k, 0.0)
         tl.store(ddt_bias + i_sum * K + o_k, tl.zeros([BK], tl.float32), mask=o_k < K)
         return
     i_tile = (first + i_c).to(tl.int64) * H + i_h
@@ -139,22 +141,25 @@ def kda_rest_bwd_kernel(
     dq += i_t * K
     dk += i_t * K
     dg += i_t * K
-    states += i_tile * (VP * BK)
-    dstates += i_tile * (VP * BK)
+    states += i_tile * (VP * KP)
+    dstates += i_tile * (VP * KP)
     u += i_tile * (VP * C)
-    channels += i_tile * BK
     rows += i_tile * (4 * C)
+    radial += i_tile * (2 * C)
     dt_bias += i_h * K
     a_head = tl.exp(tl.load(A_log + i_h).to(tl.float32))
     m_kt = (o_k < K)[:, None] & (o_c < n_t)[None, :]
     o_kt = o_c[None, :] * (H * K) + o_k[:, None]
 
+    b_dq, b_dk, b_x, b_kept = kda_value_products(
+        do, dv, u, states, dstates, o_c, o_k, n_t, H, V, BK, VP, BV, C, DTYPE, PRECISION, UPCAST, STAGES
+    )
     b_y = kda_load_logits(g, dt_bias, stride_gt, stride_gk, n_t, o_c, o_k, K, DTYPE, UPCAST)
     b_gate = kda_gate_log2_scaled(b_y, a_head)
     b_total = tl.sum(b_gate, axis=1)
-    m_wild = b_total < -SPAN
-    b_wild = m_wild.to(tl.int32)
-    n_wild = tl.sum(b_wild, axis=0)
+    b_wild = tl.load(decay + i_tile * KP + o_k).to(tl.int32, bitcast=True)  # its sign, see kda_triton_gate
+    m_wild = b_wild < 0
+    n_wild = tl.sum(m_wild.to(tl.int32), axis=0)
     # Factors about h, half of the chunk's decay, as in kda_triton_gate.
     b_h = tl.where(m_wild, 0.0, 0.5 * b_total)
     b_up = tl.cumsum(b_gate, axis=1) - b_h[:, None]
@@ -163,57 +168,38 @@ def kda_rest_bwd_kernel(
         b_down = tl.cumsum(b_gate, axis=1, reverse=True) - b_gate - b_h[:, None]
     else:
         b_down = tl.where(m_wild, b_total, 0.0)[:, None] - b_up
-
-    b_dA, b_dP, b_dq, b_dk, b_x, b_kept = kda_value_products(
-        do, dv, u, states, dstates, o_c, n_t, H, V, BK, VP, BV, C, DTYPE, PRECISION, UPCAST, STAGES
-    )
-    m_diagonal = o_c[:, None] == o_c[None, :]
-    # Through memory, so that the compiler need not carry this product's layout into the others'.
-    tl.store(rows + 2 * C + o_c, tl.sum(tl.where(m_diagonal, b_dA, 0.0), axis=1))
-    b_beta = tl.load(rows + 3 * C + o_c)
-    b_dbeta = tl.sum(tl.where(m_diagonal, b_dP, 0.0), axis=1) * (1.0 - b_beta) / tl.where(b_beta > 0.0, b_beta, 1.0)
-    tl.store(dbeta + i_t + o_c * H, tl.where(b_beta > 0.0, b_dbeta, 0.0), mask=o_c < n_t)
-    m_lower = o_c[:, None] > o_c[None, :]
-    b_dA = kda_operand(tl.where(m_lower, b_dA, 0.0), DTYPE, PRECISION)
-    b_dP = kda_operand(tl.where(m_lower, -b_dP, 0.0), DTYPE, PRECISION)
-    if n_wild > 0:
-        tl.store(channels + tl.cumsum(b_wild, axis=0) - 1, o_k.to(tl.int16), mask=m_wild)
-    tl.debug_barrier()  # `channels` and `rows` were written by other threads
-    if n_wild > 0:
-        b_rq, b_rk = tl.load(rows + o_c), tl.load(rows + C + o_c)
-        for i_k in tl.range(0, n_wild, BKW, num_stages=1):
-            o_w = i_k + tl.arange(0, BKW)
-            o_kw = tl.load(channels + o_w, mask=o_w < n_wild, other=K).to(tl.int32)
-            kda_wild_slice_bwd(
-                q, k, g, dt_bias, a_head, b_rq, b_rk, b_dA, b_dP, dq, dk, dg, o_c, o_kw, n_t,
-                stride_qt, stride_qk, stride_kt, stride_kk, stride_gt, stride_gk,
-                H, K, FLOOR, BASE, NS, DTYPE, PRECISION, UPCAST,
-            )  # fmt: skip
-        tl.debug_barrier()  # dq, dk, dg are read below by other threads
-
+    o_cc = i_tile * (C * C) + o_c[:, None] * C + o_c[None, :]
+    b_dA, b_dP = tl.load(dA + o_cc), tl.load(dP + o_cc)
     b_e = tl.exp2(b_h)[:, None]  # from h to the borders
     b_kept *= tl.exp2(b_total)
-    b_rq, b_rk = tl.load(rows + o_c)[None, :], tl.load(rows + C + o_c)[None, :]
-    b_k = kda_load_transposed(k, stride_kt, stride_kk, n_t, o_c, o_k, K, False, DTYPE, UPCAST) * b_rk
+    m_tame = (b_wild >= 0)[:, None]
+    b_k = kda_load_rows(k, rows + C, stride_kt, stride_kk, n_t, o_c, o_k, K, DTYPE, UPCAST)
     b_xg = kda_operand(b_k * tl.exp2(b_down), DTYPE, PRECISION)
-    b_xk = kda_operand(b_k * tl.exp2(b_up), DTYPE, PRECISION)
     b_x *= b_e
     b_before = b_xg.to(tl.float32) * b_x
-    m_tame = (b_wild == 0)[:, None]
     b_tame = tl.where(m_tame, b_xg, 0.0)
     b_dq = kda_dot(b_tame, tl.trans(b_dA), b_dq * b_e, DTYPE, PRECISION, UPCAST)
     b_dk = kda_dot(b_tame, tl.trans(b_dP), b_dk * -b_e, DTYPE, PRECISION, UPCAST)
-    b_q = kda_load_transposed(q, stride_qt, stride_qk, n_t, o_c, o_k, K, False, DTYPE, UPCAST) * b_rq
-    b_xq = kda_operand(b_q * tl.exp2(b_up), DTYPE, PRECISION)
-    b_x = kda_dot(tl.where(m_tame, b_xq, 0.0), b_dA, b_x, DTYPE, PRECISION, UPCAST)
-    b_x = kda_dot(tl.where(m_tame, b_xk, 0.0), b_dP, b_x, DTYPE, PRECISION, UPCAST)
-    b_pairs = b_xq.to(tl.float32) * b_dq + b_xk.to(tl.float32) * b_dk - b_xg.to(tl.float32) * b_x
     if SUFFIX_SCAN:
-        b_dg = tl.cumsum(b_pairs + b_before, axis=1, reverse=True) + tl.cumsum(b_before, axis=1) - b_before
-        b_dg += b_kept[:, None]
+        b_dg = b_before
     else:
-        b_dg = (tl.sum(b_pairs + b_before, axis=1) + b_kept)[:, None] - (tl.cumsum(b_pairs, axis=1) - b_pairs)
-    m_wkt = m_kt & (b_wild > 0)[:, None]
+        b_kept += tl.sum(b_before, axis=1)
+    b_xk = kda_operand(b_k * tl.exp2(b_up), DTYPE, PRECISION)
+    b_pairs = b_xk.to(tl.float32) * b_dk
+    b_x = kda_dot(tl.where(m_tame, b_xk, 0.0), b_dP, b_x, DTYPE, PRECISION, UPCAST)
+    b_q = kda_load_rows(q, rows, stride_qt, stride_qk, n_t, o_c, o_k, K, DTYPE, UPCAST)
+    b_xq = kda_operand(b_q * tl.exp2(b_up), DTYPE, PRECISION)
+    b_pairs += b_xq.to(tl.float32) * b_dq
+    b_x = kda_dot(tl.where(m_tame, b_xq, 0.0), b_dA, b_x, DTYPE, PRECISION, UPCAST)
+    if SUFFIX_SCAN:
+        b_pairs -= b_xg.to(tl.float32) * b_x
+        b_dg = tl.cumsum(b_pairs + b_dg, axis=1, reverse=True) + tl.cumsum(b_dg, axis=1) - b_dg + b_kept[:, None]
+    else:
+        # exp2(b_down) and b_xg, written so that the compiler forms them again instead of keeping registers busy.
+        b_again = tl.exp2(-(b_up - tl.where(m_wild, b_total, 0.0)[:, None]))
+        b_pairs -= kda_operand(b_k * b_again, DTYPE, PRECISION).to(tl.float32) * b_x
+        b_dg = (tl.sum(b_pairs, axis=1) + b_kept)[:, None] - (tl.cumsum(b_pairs, axis=1) - b_pairs)
+    m_wkt = m_kt & m_wild[:, None]
     if n_wild > 0:
         b_dg += tl.load(dg + o_kt, mask=m_wkt, other=0.0).to(tl.float32)
         tl.debug_barrier()  # read before other threads write over it
@@ -221,23 +207,24 @@ def kda_rest_bwd_kernel(
     b_y = kda_load_logits(g, dt_bias, stride_gt, stride_gk, n_t, o_c, o_k, K, DTYPE, UPCAST)
     b_gate = kda_gate_log2_scaled(b_y, a_head)
     b_dg = tl.where(b_gate <= -48.0, 0.0, b_dg)
-    tl.store(dA_log + i_sum, tl.sum(tl.sum(b_dg * b_gate, axis=1), axis=0) * 0.6931471805599453)
+    tl.store(dA_log + i_sum * NB + i_k, tl.sum(tl.sum(b_dg * b_gate, axis=1), axis=0) * 0.6931471805599453)
     b_dg *= -a_head / (1.0 + tl.exp2(-b_y))
     tl.store(dg + o_kt, b_dg.to(dg.dtype.element_ty), mask=m_kt)
     tl.store(ddt_bias + i_sum * K + o_k, tl.sum(b_dg, axis=1), mask=o_k < K)
 
     b_diagonal = tl.load(rows + 2 * C + o_c)[None, :]
-    b_k = kda_load_transposed(k, stride_kt, stride_kk, n_t, o_c, o_k, K, False, DTYPE, UPCAST) * b_rk
-    b_q = kda_load_transposed(q, stride_qt, stride_qk, n_t, o_c, o_k, K, False, DTYPE, UPCAST) * b_rq
+    b_rq, b_rk = tl.load(rows + o_c)[None, :], tl.load(rows + C + o_c)[None, :]
+    b_k = kda_load_rows(k, rows + C, stride_kt, stride_kk, n_t, o_c, o_k, K, DTYPE, UPCAST)
+    b_q = kda_load_rows(q, rows, stride_qt, stride_qk, n_t, o_c, o_k, K, DTYPE, UPCAST)
     b_dq = tl.exp2(b_up) * b_dq + b_diagonal * b_k
     b_dk = tl.exp2(b_up) * b_dk + tl.exp2(b_down) * b_x + b_diagonal * b_q
     if n_wild > 0:
         b_dq += tl.load(dq + o_kt, mask=m_wkt, other=0.0).to(tl.float32)
         b_dk += tl.load(dk + o_kt, mask=m_wkt, other=0.0).to(tl.float32)
         tl.debug_barrier()  # as above
-    b_dq = b_rq * (b_dq - b_q * (tl.sum(b_dq * b_q, axis=0) * inverse_scale2)[None, :])
+    b_dq = b_rq * (b_dq - b_q * tl.load(radial + o_c)[None, :])
     tl.store(dq + o_kt, b_dq.to(dq.dtype.element_ty), mask=m_kt)
-    b_dk = b_rk * (b_dk - b_k * tl.sum(b_dk * b_k, axis=0)[None, :])
+    b_dk = b_rk * (b_dk - b_k * tl.load(radial + C + o_c)[None, :])
     tl.store(dk + o_kt, b_dk.to(dk.dtype.element_ty), mask=m_kt)
 
 
@@ -250,40 +237,37 @@ def kda_rest_bwd(
     do: torch.Tensor,
     gradients: tuple[torch.Tensor, ...],
     sums: tuple[torch.Tensor, torch.Tensor],
-    scale: float,
     first_sum: int,
     t_begin: int,
     NT: int,
     first: int,
     index: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
     tiles: tuple[torch.Tensor, ...],
-    borders: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    borders: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
     config: KdaRestConfig,
     upcast: bool,
     compile_only: bool = False,
 ) -> None:
     """
-    Write `gradients` = dq, dk, dv, dg, dbeta (contiguous [B, T, H, ...] in the tiles' dtype, dbeta fp32; dv is read)
-    and the entries from `first_sum` on of `sums` = dA_log [., H], ddt_bias [., H, K], fp32.
+    Write dq, dk, dg of `gradients` = dq, dk, dv, dg, dbeta (contiguous [B, T, H, ...] in the tiles' dtype; dv is read)
+    and the entries from `first_sum` on of `sums` = dA_log [., H, KP / BK], ddt_bias [., H, K], fp32.
 
-    Chunks, index and tiles as in kda_intra_fwd (of the tiles, `rows` is read and `channels` written over), borders as
-    in kda_scan_bwd. compile_only: launch nothing (see `launch`).
+    Chunks, index and tiles as in kda_intra_fwd, borders as in kda_scan_bwd, all as stage 3 left them. compile_only: launch nothing (see `launch`).
     """
-    (B, T, H, K), V, (C, BK) = q.shape, do.shape[-1], tiles[0].shape[2:]
-    dq, dk, dv, dg, dbeta = gradients
+    (B, T, H, K), V, (C, KP) = q.shape, do.shape[-1], tiles[0].shape[2:]
+    dq, dk, dv, dg, _ = gradients
+    _, _, _, decay, dA, dP, _, rows = tiles
     NC = B * NT if index is None else index[-1].numel()
-    NS = C.bit_length() - 1
     launch(
-        kda_rest_bwd_kernel, (NC, H), compile_only,
+        kda_rest_bwd_kernel, (NC * (KP // config.BK), H), compile_only,
         q, k, g, do, dv,
-        *borders, *tiles[6:], A_log, dt_bias,
-        dq, dk, dg, dbeta, *sums,
+        *borders, decay, dA, dP, rows, A_log, dt_bias,
+        dq, dk, dg, *sums,
         *(index or (None, None, None)),
-        scale**-2 if scale else 0.0, T, NT, t_begin, first, first_sum,
+        T, NT, t_begin, first, first_sum,
         *q.stride(), *k.stride(), *g.stride(),
         ALIGN=alignment(q, k, g), H=H, K=K, V=V,
-        BK=BK, BV=config.BV, VP=borders[0].shape[3], BKW=config.BKW, C=C, NS=NS,
-        SPAN=SPAN, FLOOR=FLOOR, BASE=min(BASE, NS),
+        KP=KP, BK=config.BK, BV=config.BV, VP=borders[0].shape[3], C=C,
         DTYPE=tl.bfloat16 if tiles[0].dtype == torch.bfloat16 else tl.float32,
         PRECISION=config.precision, SUFFIX_SCAN=q.dtype == torch.float32,
         PACKED=index is not None, UPCAST=upcast, STAGES=config.num_stages,

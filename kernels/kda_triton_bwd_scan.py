@@ -1,5 +1,5 @@
 """
-KDA backward, stage 2 of 3: the two passes over chunks, which don't depend on each other, as two halves of one grid. One
+KDA backward, stage 2 of 4: the two passes over chunks, which don't depend on each other, as two halves of one grid. One
 program per sequence, head, block of BV value channels, and half.
 
 With the tiles of stage 1 (kda_triton_gate, kda_triton_intra; `xk` holds -k), S the state before a chunk, dO the
@@ -189,7 +189,7 @@ def kda_scan_bwd(
     v: torch.Tensor,
     do: torch.Tensor,
     dv: torch.Tensor,
-    borders: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    borders: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
     state_in: torch.Tensor | None,
     dstate_out: torch.Tensor | None,
     dstate_in: torch.Tensor,
@@ -203,7 +203,7 @@ def kda_scan_bwd(
     compile_only: bool = False,
 ) -> None:
     """
-    Fill `borders` = states, dstates [NC, H, BK, VP] and u [NC, H, C, VP], and write dv and dstate_in.
+    Fill states, dstates [NC, H, BK, VP] and u [NC, H, C, VP] of `borders` = states, dstates, u, radial, and write dv and dstate_in.
 
     Chunks, index and tiles as in kda_inter_fwd; v [B, T, H, V] by strides; do and dv (in the tiles' dtype) contiguous
     [B, T, H, V]; states [N, H, K, V] contiguous fp32. compile_only: launch nothing (see `launch`).
@@ -213,7 +213,7 @@ def kda_scan_bwd(
     launch(
         kda_scan_bwd_kernel, (triton.cdiv(V, config.BV), N * H, 2), compile_only,
         xq, xk, xg, decay, A, M, v, do, dv,
-        *borders,
+        *borders[:3],
         dstate_in if state_in is None else state_in, dstate_in if dstate_out is None else dstate_out, dstate_in,
         cu_seqlens, chunk_offsets,
         int(state_in is not None), int(dstate_out is not None), v.shape[1], NT, t_begin, first,

@@ -41,14 +41,25 @@ class KdaInterConfig(NamedTuple):
     precision: str
 
 
-class KdaRestConfig(NamedTuple):
-    """
-    Last stage of the backward. BV: value channels at a time, BKW: wild channels at a time, num_stages: blocks of value
-    channels in flight, precision: of products of fp32 tiles, maxnreg: registers a thread may take, None for no bound.
-    """
+class KdaPairsConfig(NamedTuple):
+    """Stage 3 of the backward. BV: value channels at a time, BKW: wild channels at a time, the rest as below."""
 
     BV: int
     BKW: int
+    num_warps: int
+    num_stages: int
+    precision: str
+    maxnreg: int | None = None
+
+
+class KdaRestConfig(NamedTuple):
+    """
+    Stage 4 of the backward. BK: key channels of a program, BV: value channels at a time, num_stages: blocks of value
+    channels in flight, precision: of products of fp32 tiles, maxnreg: registers a thread may take, None for no bound.
+    """
+
+    BK: int
+    BV: int
     num_warps: int
     num_stages: int
     precision: str
@@ -134,12 +145,17 @@ def scan_config(gpu: str, K: int, V: int, dtype: str) -> KdaInterConfig:
     return inter_config(gpu, K, V, dtype)
 
 
+def pairs_config(gpu: str, V: int, dtype: str) -> KdaPairsConfig:
+    """Stage 3 of the backward."""
+    BV = min(padded(V), 128 if dtype == "bfloat16" else 32)
+    return KdaPairsConfig(BV, 16, 2, 1 if gpu == "gfx942" else 2, _precision(gpu, dtype))
+
+
 def rest_config(gpu: str, K: int, V: int, dtype: str) -> KdaRestConfig:
-    """Last stage of the backward."""
-    BK, wide = padded(K), dtype != "bfloat16"
-    BV = min(padded(V), 16 if wide and BK > 64 else 32 if wide or BK > 128 else 64)
-    num_warps = max(2, BK // 16)
-    return KdaRestConfig(BV, 16, num_warps, 1 if gpu == "gfx942" else 2, _precision(gpu, dtype))
+    """Stage 4 of the backward."""
+    wide = dtype != "bfloat16"
+    BV = min(padded(V), 32 if wide else 64)
+    return KdaRestConfig(min(padded(K), 64), BV, 4, 1 if gpu == "gfx942" else 2, _precision(gpu, dtype))
 
 
 def step_config(K: int, V: int) -> KdaStepConfig:
