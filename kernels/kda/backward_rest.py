@@ -65,43 +65,33 @@ def kda_value_products(
 
 
 @triton.jit
-def kda_load_transposed(
-    x, stride_t, stride_k, n_t, o_c, o_k,
-    K: tl.constexpr, LOGITS: tl.constexpr, DTYPE: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+def kda_load_columns(x, stride_t, stride_k, n_t, o_c, o_k, K: tl.constexpr):
+    """A chunk's rows as columns, [BK, C] as they are in memory; 0 outside."""
+    m_kt = (o_k < K)[:, None] & (o_c < n_t)[None, :]
+    return tl.load(x + o_c[None, :] * stride_t + o_k[:, None] * stride_k, mask=m_kt, other=0.0)
+
+
+@triton.jit
+def kda_columns(b_x, o_c, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
     """
-    A chunk's rows as columns, [BK, C] in fp32; 0 outside. bf16 must be finite.
+    [BK, C] in fp32; bf16 must be finite.
 
     The product with 1 leaves bf16 as it is and brings it to where the other products' results are (registers of
     tensor cores), so that all that follows is computed there.
     """
-    m_kt = (o_k < K)[:, None] & (o_c < n_t)[None, :]
-    b_x = tl.load(x + o_c[None, :] * stride_t + o_k[:, None] * stride_k, mask=m_kt, other=0.0)
     if tl.bfloat16 == DTYPE:
-        if LOGITS:  # an infinite one is as good as 1e30, and 0 times that is 0
-            b_x = tl.minimum(tl.maximum(b_x.to(tl.float32), -1e30), 1e30)
         b_one = tl.where(o_c[:, None] == o_c[None, :], 1.0, 0.0)
         return kda_dot(b_x, b_one, None, DTYPE, "tf32", UPCAST)
     return b_x.to(tl.float32)
 
 
 @triton.jit
-def kda_load_rows(
-    x, rows, stride_t, stride_k, n_t, o_c, o_k, K: tl.constexpr, DTYPE: tl.constexpr, UPCAST: tl.constexpr
-):
-    """A chunk of q or k, normalised by the factors `rows` [C]; [BK, C] in fp32."""
-    b_x = kda_load_transposed(x, stride_t, stride_k, n_t, o_c, o_k, K, False, DTYPE, UPCAST)
-    return b_x * tl.load(rows + o_c)[None, :]
-
-
-@triton.jit
-def kda_load_logits(
-    g, dt_bias, stride_t, stride_k, n_t, o_c, o_k, K: tl.constexpr, DTYPE: tl.constexpr, UPCAST: tl.constexpr
-):
-    """Biased gate logits of a chunk over ln 2, [BK, C] in fp32; -inf outside."""
-    b_g = kda_load_transposed(g, stride_t, stride_k, n_t, o_c, o_k, K, True, DTYPE, UPCAST)
+def kda_logits(b_g, dt_bias, n_t, o_c, o_k, K: tl.constexpr, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
+    """Biased gate logits of a chunk over ln 2, [BK, C] in fp32, from the logits as loaded; -inf outside."""
+    # An infinite logit is as good as 1e30, and 0 times that is 0.
+    b_y = kda_columns(tl.minimum(tl.maximum(b_g.to(tl.float32), -1e30), 1e30), o_c, DTYPE, UPCAST)
     b_bias = tl.load(dt_bias + o_k, mask=o_k < K, other=0.0).to(tl.float32) * 1.4426950408889634
-    b_y = b_g * 1.4426950408889634 + b_bias[:, None]
+    b_y = b_y * 1.4426950408889634 + b_bias[:, None]
     return tl.where((o_k < K)[:, None] & (o_c < n_t)[None, :], b_y, float("-inf"))
 
 
@@ -153,11 +143,14 @@ def kda_rest_bwd_kernel(
     m_kt = (o_k < K)[:, None] & (o_c < n_t)[None, :]
     o_kt = o_c[None, :] * (H * K) + o_k[:, None]
 
+    # On their way during the products with the states.
+    b_g = kda_load_columns(g, stride_gt, stride_gk, n_t, o_c, o_k, K)
+    b_k = kda_load_columns(k, stride_kt, stride_kk, n_t, o_c, o_k, K)
+    b_q = kda_load_columns(q, stride_qt, stride_qk, n_t, o_c, o_k, K)
     b_dq, b_dk, b_x, b_kept = kda_value_products(
         do, dv, u, states, dstates, o_c, o_k, n_t, H, V, BK, VP, BV, C, DTYPE, PRECISION, UPCAST, STAGES
     )
-    b_y = kda_load_logits(g, dt_bias, stride_gt, stride_gk, n_t, o_c, o_k, K, DTYPE, UPCAST)
-    b_gate = kda_gate_log2_scaled(b_y, a_head)
+    b_gate = kda_gate_log2_scaled(kda_logits(b_g, dt_bias, n_t, o_c, o_k, K, DTYPE, UPCAST), a_head)
     b_total = tl.sum(b_gate, axis=1)
     b_wild = tl.load(decay + i_tile * KP + o_k).to(tl.int32, bitcast=True)  # its sign, see tiles
     m_wild = b_wild < 0
@@ -175,7 +168,7 @@ def kda_rest_bwd_kernel(
     b_e = tl.exp2(b_h)[:, None]  # from h to the borders
     b_kept *= tl.exp2(b_total)
     m_tame = (b_wild >= 0)[:, None]
-    b_k = kda_load_rows(k, rows + C, stride_kt, stride_kk, n_t, o_c, o_k, K, DTYPE, UPCAST)
+    b_k = kda_columns(b_k, o_c, DTYPE, UPCAST) * tl.load(rows + C + o_c)[None, :]
     b_xg = kda_operand(b_k * tl.exp2(b_down), DTYPE, PRECISION)
     b_x *= b_e
     b_before = b_xg.to(tl.float32) * b_x
@@ -189,7 +182,7 @@ def kda_rest_bwd_kernel(
     b_xk = kda_operand(b_k * tl.exp2(b_up), DTYPE, PRECISION)
     b_pairs = b_xk.to(tl.float32) * b_dk
     b_x = kda_dot(tl.where(m_tame, b_xk, 0.0), b_dP, b_x, DTYPE, PRECISION, UPCAST)
-    b_q = kda_load_rows(q, rows, stride_qt, stride_qk, n_t, o_c, o_k, K, DTYPE, UPCAST)
+    b_q = kda_columns(b_q, o_c, DTYPE, UPCAST) * tl.load(rows + o_c)[None, :]
     b_xq = kda_operand(b_q * tl.exp2(b_up), DTYPE, PRECISION)
     b_pairs += b_xq.to(tl.float32) * b_dq
     b_x = kda_dot(tl.where(m_tame, b_xq, 0.0), b_dA, b_x, DTYPE, PRECISION, UPCAST)
@@ -206,18 +199,22 @@ def kda_rest_bwd_kernel(
         b_dg += tl.load(dg + o_kt, mask=m_wkt, other=0.0).to(tl.float32)
         tl.debug_barrier()  # read before other threads write over it
     # Logits, q and k are loaded again, not kept: registers are what this kernel lacks.
-    b_y = kda_load_logits(g, dt_bias, stride_gt, stride_gk, n_t, o_c, o_k, K, DTYPE, UPCAST)
+    b_g = kda_load_columns(g, stride_gt, stride_gk, n_t, o_c, o_k, K)
+    b_y = kda_logits(b_g, dt_bias, n_t, o_c, o_k, K, DTYPE, UPCAST)
+    b_k1 = kda_load_columns(k, stride_kt, stride_kk, n_t, o_c, o_k, K)
+    b_q1 = kda_load_columns(q, stride_qt, stride_qk, n_t, o_c, o_k, K)
     b_gate = kda_gate_log2_scaled(b_y, a_head)
     b_dg = tl.where(b_gate <= -48.0, 0.0, b_dg)
     tl.store(dA_log + i_sum * NB + i_k, tl.sum(tl.sum(b_dg * b_gate, axis=1), axis=0) * 0.6931471805599453)
-    b_dg *= -a_head / (1.0 + tl.exp2(-b_y))
+    b_r = tl.rsqrt(1.0 + tl.exp2(-b_y))  # its square is the sigmoid, without a division's many instructions
+    b_dg *= -a_head * (b_r * b_r)
     tl.store(dg + o_kt, b_dg.to(dg.dtype.element_ty), mask=m_kt)
     tl.store(ddt_bias + i_sum * K + o_k, tl.sum(b_dg, axis=1), mask=o_k < K)
 
     b_diagonal = tl.load(rows + 2 * C + o_c)[None, :]
     b_rq, b_rk = tl.load(rows + o_c)[None, :], tl.load(rows + C + o_c)[None, :]
-    b_k = kda_load_rows(k, rows + C, stride_kt, stride_kk, n_t, o_c, o_k, K, DTYPE, UPCAST)
-    b_q = kda_load_rows(q, rows, stride_qt, stride_qk, n_t, o_c, o_k, K, DTYPE, UPCAST)
+    b_k = kda_columns(b_k1, o_c, DTYPE, UPCAST) * b_rk
+    b_q = kda_columns(b_q1, o_c, DTYPE, UPCAST) * b_rq
     b_dq = tl.exp2(b_up) * b_dq + b_diagonal * b_k
     b_dk = tl.exp2(b_up) * b_dk + tl.exp2(b_down) * b_x + b_diagonal * b_q
     if n_wild > 0:

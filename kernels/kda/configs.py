@@ -96,8 +96,9 @@ def inter_config(gpu: str, K: int, V: int, dtype: str) -> KdaInterConfig:
 
 
 def scan_config(gpu: str, K: int, V: int, dtype: str) -> KdaInterConfig:
-    """Stage 2 of the backward, whose two halves each take what the forward's stage 2 takes."""
-    return inter_config(gpu, K, V, dtype)
+    """Stage 2 of the backward, whose two halves each take what the forward's stage 2 takes, and more in flight."""
+    config = inter_config(gpu, K, V, dtype)
+    return config._replace(num_stages=4) if config.num_stages == 3 else config
 
 
 def pairs_config(gpu: str, V: int, dtype: str) -> KdaPairsConfig:
