@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from benchmarks.kda import REGIMES, error, fla_chunk_kda, inputs, median, ragged
 from benchmarks.record import default_path, write
 from kimi_linear.kernels.gpu.classes import gpu_of
+from kimi_linear.kernels.gpu.compile_threads import run_in_threads
 from kimi_linear.kernels.kda import backward, configs
 from kimi_linear.kernels.kda.backward_pairs import kda_pairs_bwd
 from kimi_linear.kernels.kda.backward_rest import kda_rest_bwd
@@ -35,6 +37,7 @@ CASES = [
     (1, 8192, 32, 0, 2.0), (1, 32768, 32, 0, 7.5), (8, 1024, 32, 0, None), (1, 8192, 64, 0, None),
     (1, 8192, 32, 16, None),
 ]  # fmt: skip
+PARTS = ("cold", "errors", "stages", "times")
 # regime, B, T, H, dtype, packed sequences
 CHECKS = [
     *((regime, 1, 512, 8, torch.bfloat16, 0) for regime in REGIMES),
@@ -128,48 +131,64 @@ class Stages:
             "pairs": configs.pairs_config(gpu, V, "bfloat16"),
             "rest": configs.rest_config(gpu, K, V, "bfloat16"),
         }
+        gates = (q, k, v, g, A_log, dt_bias)
         self.launch = {
-            "intra": lambda c: kda_intra_fwd(q, k, g, beta, A_log, dt_bias, scale, *segment, c, False),
-            "scan": lambda c: kda_scan_bwd(v, do, found[2], borders, None, None, state, *segment, c, False),
-            "pairs": lambda c: kda_pairs_bwd(
-                q, k, v, g, A_log, dt_bias, o, do, found, scale, *segment, borders, c, False
-            ),
-            "rest": lambda c: kda_rest_bwd(
-                q, k, g, A_log, dt_bias, do, found, sums, 0, *segment, borders, c, False
+            "intra": partial(kda_intra_fwd, q, k, g, beta, A_log, dt_bias, scale, *segment, upcast=False),
+            "scan": partial(kda_scan_bwd, v, do, found[2], borders, None, None, state, *segment, upcast=False),
+            "pairs": partial(kda_pairs_bwd, *gates, o, do, found, scale, *segment, borders, upcast=False),
+            "rest": partial(
+                kda_rest_bwd, q, k, g, A_log, dt_bias, do, found, sums, 0, *segment, borders, upcast=False
             ),
         }  # fmt: skip
         for name, launch in self.launch.items():
-            launch(self.chosen[name])
+            launch(config=self.chosen[name])
+
+    def compile(self, stage: str, config: Any) -> None:
+        self.launch[stage](config=config, compile_only=True)
 
     def ms(self, stage: str, config: Any = None) -> list[float]:
-        return median(lambda: self.launch[stage](config or self.chosen[stage]))
+        return median(lambda: self.launch[stage](config=config or self.chosen[stage]))
 
 
 def candidates(chosen: dict[str, Any]) -> dict[str, list[Any]]:
     """What the table of configurations was chosen from, by stage."""
     scan, pairs, rest = chosen["scan"], chosen["pairs"], chosen["rest"]
+    wide = rest._replace(BK=128, num_warps=8)
     return {
-        "scan": [scan._replace(num_stages=n) for n in (2, 3, 4)] + [scan._replace(BV=32)],
-        "pairs": [pairs._replace(num_warps=w, BV=v) for w in (1, 2, 4) for v in (64, 128)]
-        + [pairs._replace(maxnreg=128)],
-        "rest": [rest._replace(num_warps=w, maxnreg=m) for w, m in ((4, None), (4, 168), (4, 128), (8, None), (8, 128))]
-        + [rest._replace(BK=128, num_warps=8), rest._replace(BK=128, num_warps=8, maxnreg=128)]
-        + [rest._replace(BV=v, maxnreg=m) for v in (32, 128) for m in (168, None)]
-        + [rest._replace(maxnreg=168, num_stages=1)],
+        "scan": [scan._replace(num_stages=n) for n in (3, 4, 5)],
+        "pairs": [pairs._replace(num_warps=w, BV=v) for w, v in ((1, 128), (2, 128), (4, 128), (2, 64), (4, 64))],
+        "rest": [rest._replace(maxnreg=m, BV=v) for m in (None, 168, 128) for v in (64, 128)]
+        + [rest._replace(num_warps=8, maxnreg=128), wide._replace(maxnreg=None), wide._replace(maxnreg=128)],
     }
 
 
 def stage_rows(tune: bool) -> Iterator[dict]:
+    """Times of the stages; `tune`: of the candidates too, the best of which serve the rest of the run."""
+    sums: dict[str, dict[Any, float]] = {}
     for regime in REGIMES:
         stages = Stages(regime)
         for stage, config in stages.chosen.items():
             yield {"stage": stage, "regime": regime, "config": str(config), "ms": stages.ms(stage)}
         for stage, found in candidates(stages.chosen).items() if tune else ():
             for config in found:
-                yield {"stage": stage, "regime": regime, "candidate": str(config), "ms": stages.ms(stage, config)}
+                ms = stages.ms(stage, config)
+                sums.setdefault(stage, {}).setdefault(config, 0.0)
+                sums[stage][config] += ms[0]
+                yield {"stage": stage, "regime": regime, "candidate": str(config), "ms": ms}
+    for stage, times in sums.items():
+        best = min(times, key=times.get)
+        setattr(backward, f"{stage}_config", lambda *args, best=best: best)
+        yield {"stage": stage, "adopted": str(best)}
 
 
-def cold_start() -> float:
+def compile_candidates() -> None:
+    """Compile all candidates at once in threads, so that --tune finds them in the compile cache."""
+    stages = Stages("tame", T=64)
+    jobs = [(stage, config) for stage, found in candidates(stages.chosen).items() for config in found]
+    run_in_threads(torch.device("cuda"), *(partial(stages.compile, stage, config) for stage, config in jobs))
+
+
+def cold_rows() -> Iterator[dict]:
     """Seconds of the first forward and backward in a new process, nothing compiled, start of CUDA left out."""
     code = (
         "import time, torch; from benchmarks.kda import chunk_kda, inputs; x = inputs('tame', 1, 8192, 32);"
@@ -179,7 +198,7 @@ def cold_start() -> float:
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "TRITON_CACHE_DIR": cache}
         run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    return round(float(run.stdout), 2)
+    yield {"first_forward_and_backward_s": round(float(run.stdout), 2)}
 
 
 def small() -> None:
@@ -196,25 +215,26 @@ def small() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--no-peers", action="store_true", help="leave fla out (its first calls autotune for minutes)")
-    parser.add_argument("--no-errors", action="store_true", help="leave the float64 recurrence out")
-    parser.add_argument("--tune", action="store_true", help="time the candidate configurations of the stages too")
-    parser.add_argument("--only", nargs="+", default=[], help="nothing but these cases, such as 1x8192x32")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="nothing but these (default: all)")
+    parser.add_argument("--tune", action="store_true", help="time candidates of the stages and take the best ones")
+    parser.add_argument("--compile-candidates", action="store_true", help="only compile what --tune will time")
+    parser.add_argument("--only", nargs="+", default=[], help="of the times, only these cases, such as 1x8192x32")
     parser.add_argument("--small", action="store_true", help="only launch small cases (for compute-sanitizer)")
     parser.add_argument("--out", type=Path, help="the record (default: benchmarks/results/, with device and date)")
     args = parser.parse_args()
-    if args.small:
-        small()
+    if args.small or args.compile_candidates:
+        (small if args.small else compile_candidates)()
         return
     out, peers = args.out or default_path("kda_training"), fla_chunk_kda is not None and not args.no_peers
-    start, found = time.time(), {"cold_start_s": cold_start(), "errors": [], "stages": [], "times": []}
-    print(f"first forward and backward, compiled from nothing: {found['cold_start_s']} s", flush=True)
-    parts = {
-        "errors": error_rows(peers) if not args.no_errors else (),
+    start, found = time.time(), {part: [] for part in args.parts}
+    rows = {
+        "cold": cold_rows(),
+        "errors": error_rows(peers),
         "stages": stage_rows(args.tune),
         "times": time_rows(peers, args.only),
     }
-    for part, rows in parts.items():
-        for row in rows:
+    for part in args.parts:
+        for row in rows[part]:
             print(row, flush=True)
             found[part].append(row)
             write(out, "kda_training", **found)  # at once: what comes next may fail

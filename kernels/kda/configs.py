@@ -109,9 +109,13 @@ def pairs_config(gpu: str, V: int, dtype: str) -> KdaPairsConfig:
 
 def rest_config(gpu: str, K: int, V: int, dtype: str) -> KdaRestConfig:
     """Stage 4 of the backward."""
-    wide = dtype != "bfloat16"
-    BV = min(padded(V), 32 if wide else 64)
-    return KdaRestConfig(min(padded(K), 64), BV, 4, 1 if gpu == "gfx942" else 2, _precision(gpu, dtype))
+    BK, wide = min(padded(K), 64), dtype != "bfloat16"
+    # On Hopper a program takes all value channels at once: ptxas 12.8 (Triton 3.6) forgets to set a descriptor of the
+    # products after a loop over blocks of 64, and reads outside of shared memory. Three programs fit a multiprocessor.
+    whole = gpu == "sm_90" and not wide
+    BV = padded(V) if whole else min(padded(V), 32 if wide else 64)
+    maxnreg = 168 if whole and BK == 64 else None
+    return KdaRestConfig(BK, BV, 4, 1 if gpu == "gfx942" else 2, _precision(gpu, dtype), maxnreg)
 
 
 def step_config(K: int, V: int) -> KdaStepConfig:

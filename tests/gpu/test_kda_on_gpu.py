@@ -1,4 +1,4 @@
-"""The Triton KDA, forward and backward, on a CUDA device: what the interpreter and offline compiles cannot show. `pytest -m gpu`."""
+"""Triton KDA, forward and backward, on a CUDA device: what can't be shown without one. `pytest -m gpu`."""
 
 import pytest
 import torch

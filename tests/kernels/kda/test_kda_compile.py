@@ -12,7 +12,16 @@ import torch
 
 pytest.importorskip("triton")
 
-from offline_compile import SHARED_LIMIT, TARGETS, assembler_messages, compiling, resources
+from offline_compile import (
+    DESKTOP,
+    DESKTOP_SHARED,
+    SHARED_LIMIT,
+    TARGETS,
+    assembler_messages,
+    compiling,
+    resources,
+    unset_uniform_registers,
+)
 
 from kimi_linear.kernels.gpu.classes import CLASSES
 from kimi_linear.kernels.kda import backward_pairs, backward_rest, backward_scan
@@ -99,26 +108,50 @@ CASES = [  # K, V, dtype, packed
 ]
 
 
+def check(compiled, target, shared_limit, kernels):
+    """All `kernels` were compiled, and each can be launched on `target`."""
+    assert {name for name, _ in compiled} >= {kernel.__name__ for kernel in kernels}
+    for name, kernel in compiled:
+        registers, spilled = resources(kernel, target.backend)
+        shared = kernel.metadata.shared
+        print(f"{target.arch!s:7} {name:22} registers {registers:3} spilled {spilled:5} shared {shared:6}")
+        assert registers >= 16, (name, registers)  # 4: nothing but a trap
+        assert spilled <= SPILL_LIMIT.get(name, 2 << 10), (name, spilled)
+        assert shared <= shared_limit, (name, shared)
+        if target.backend == "cuda":
+            assert not unset_uniform_registers(kernel), name
+
+
 @pytest.mark.parametrize(
     ("gpu", "K", "V", "dtype", "packed"),
     [(gpu, *case) for gpu in CLASSES for case in CASES] + [("sm_90", 128, 128, torch.bfloat16, True)],
 )
 def test_compiles_and_fits(gpu, K, V, dtype, packed, monkeypatch):
-    target = TARGETS[gpu]
-    with compiling(KERNELS + BACKWARD_KERNELS, target, monkeypatch) as compiled:
+    with compiling(KERNELS, TARGETS[gpu], monkeypatch) as compiled:
         launch_all(gpu, K, V, dtype, packed)
+    desktop = gpu == "sm_80" and dtype == torch.bfloat16
+    check(compiled, TARGETS[gpu], DESKTOP_SHARED if desktop else SHARED_LIMIT[gpu], KERNELS[not packed :])
+
+
+@pytest.mark.parametrize(
+    ("gpu", "K", "V", "dtype", "packed"),
+    [
+        *((gpu, 128, 128, torch.bfloat16, False) for gpu in CLASSES),
+        ("sm_90", 128, 128, torch.float32, True),
+        ("sm_90", 256, 256, torch.bfloat16, False),
+        ("sm_80", 64, 64, torch.float16, True),
+    ],
+)
+def test_backward_compiles_and_fits(gpu, K, V, dtype, packed, monkeypatch):
+    with compiling(BACKWARD_KERNELS, TARGETS[gpu], monkeypatch) as compiled:
         launch_backward(gpu, K, V, dtype, packed)
-    expected = KERNELS[not packed :] + BACKWARD_KERNELS
-    assert {name for name, _ in compiled} >= {kernel.__name__ for kernel in expected}
-    for name, kernel in compiled:
-        registers, spilled = resources(kernel, target.backend)
-        shared = kernel.metadata.shared
-        print(f"{gpu:7} K {K:3} {dtype} {name:22} registers {registers:3} spilled {spilled:5} shared {shared:6}")
-        assert registers >= 16, (name, registers)  # 4: nothing but a trap
-        assert spilled <= SPILL_LIMIT.get(name, 2 << 10), (name, spilled)
-        # Desktop GPUs (sm_86, sm_89, sm_120) take the sm_80 choices and have 99 KiB.
-        limit = 99 << 10 if gpu == "sm_80" and dtype == torch.bfloat16 else SHARED_LIMIT[gpu]
-        assert shared <= limit, (name, shared)
+    check(compiled, TARGETS[gpu], SHARED_LIMIT[gpu], BACKWARD_KERNELS)
+
+
+def test_backward_compiles_for_desktops(monkeypatch):
+    with compiling(BACKWARD_KERNELS, DESKTOP, monkeypatch) as compiled:
+        launch_backward("sm_80", 128, 128, torch.bfloat16, False)
+    check(compiled, DESKTOP, DESKTOP_SHARED, BACKWARD_KERNELS)
 
 
 def test_hopper_products_overlap(monkeypatch):
