@@ -84,7 +84,7 @@ def unset_uniform_registers(kernel):
     Reads of uniform registers that no instruction before them in the code has set: (address, instruction, register).
 
     Descriptors of Hopper's matrix products are in such registers. ptxas 12.8 forgot to set one, and the product read
-    outside of shared memory; nothing else shows that without a GPU.
+    outside of shared memory; nothing else shows that without a GPU. For sm_80 and sm_90, whose code it reads.
     """
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
