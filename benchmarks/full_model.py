@@ -10,18 +10,28 @@ from transformers import DynamicCache
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.modeling.cache.kimi_linear_cache import KDACacheLayer, KimiLinearCache
 
-# Copy bandwidth of an H200, bytes read and written, measured there on 2026-11-23.
-COPY_BANDWIDTH = 4.30e12
+# Bytes a second that reads alone reach, by a part of the GPU's name (benchmarks/decode_notes.md; H100: its copy rate).
+READ_BANDWIDTH = {"H200": 4.6e12, "H100": 3.0e12}
 
 
-def released_config(all_mla: bool = False) -> KimiLinearConfig:
-    """The released shape, whose values are the config's defaults; `all_mla` puts MLA in every layer instead of KDA."""
+def released_config(all_mla: bool = False, layers: int | None = None) -> KimiLinearConfig:
+    """The released shape, whose values are the config's defaults.
+
+    Args:
+        all_mla: MLA in every layer instead of KDA.
+        layers: only the first so many, for GPUs that do not hold all 27 (16 take 57 GB in bf16).
+    """
     config = KimiLinearConfig()
-    if not all_mla:
-        return config
-    layers = list(range(1, config.num_hidden_layers + 1))
-    pattern = {**config.linear_attn_config, "kda_layers": [], "full_attn_layers": layers}
-    return KimiLinearConfig(linear_attn_config=pattern, layer_types=None)
+    count = config.num_hidden_layers if layers is None else layers
+    if not 1 <= count <= config.num_hidden_layers:
+        raise SystemExit(f"--layers must be from 1 to {config.num_hidden_layers}, got {count}")
+    numbers = list(range(1, count + 1))
+    pattern = dict(config.linear_attn_config)
+    for name in ("kda_layers", "full_attn_layers"):
+        pattern[name] = [number for number in pattern[name] if number in numbers]
+    if all_mla:
+        pattern |= {"kda_layers": [], "full_attn_layers": numbers}
+    return KimiLinearConfig(num_hidden_layers=count, linear_attn_config=pattern, layer_types=None)
 
 
 def random_model(model_class: Any, config: Any, device: str = "cuda", seed: int = 0) -> torch.nn.Module:
@@ -53,6 +63,12 @@ def native_model(config: KimiLinearConfig, device: str = "cuda") -> torch.nn.Mod
     """transformers' own class of the shape of `config`, as `random_model` draws it; it uses fla where that is found."""
     native = transformers.CONFIG_MAPPING[config.model_type].from_dict(config.to_dict())
     return random_model(transformers.KimiLinearForCausalLM, native, device)
+
+
+def read_bandwidth() -> float:
+    """Bytes a second of the current GPU, for limits; one that was never measured counts as an H200."""
+    name = torch.cuda.get_device_name()
+    return next((rate for part, rate in READ_BANDWIDTH.items() if part in name), READ_BANDWIDTH["H200"])
 
 
 def free_memory() -> int:

@@ -11,7 +11,6 @@ Seam for context parallelism: a rank that holds a stretch of tokens needs the st
 gradient of the state after it (`dstate`), and gives back the state after it and the gradient of the state before it.
 """
 
-import re
 from functools import partial
 from typing import Any
 
@@ -21,6 +20,7 @@ from ..gpu.availability import interpreted
 from ..gpu.classes import gpu_of
 from ..gpu.compile_threads import compile_side_by_side
 from ..gpu.launching import launching_on
+from ..gpu.operator_names import operator_namespace
 from ..gpu.sizes import padded
 from .backward_pairs import kda_pairs_bwd
 from .backward_rest import kda_rest_bwd
@@ -29,8 +29,7 @@ from .configs import CHUNK, intra_config, pairs_config, rest_config, scan_config
 from .index import kda_index_fwd
 from .intra import intra_tiles, kda_intra_fwd
 
-# As in operators.
-_NAMESPACE = "kda_" + re.sub(r"\W", "_", __name__)
+_NAMESPACE = operator_namespace("kda", __name__)
 # Tokens (times batch) whose tiles and border states the backward holds at once, if they are not packed.
 SEGMENT_TOKENS = 8192
 
@@ -66,14 +65,14 @@ def _gradients(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def _plan(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tuple[list[tuple[Any, ...]], int, int]:
     """
-    Segments, each as its first token of each row, chunks of each row, 0 (its first entry in the tiles) and index of a
-    pack; the number of all chunks; and that of the largest segment.
+    Segments, each as its first token of each row, chunks of each row, 0 (its first entry in the tiles) and None, or for
+    a pack 0, all chunks, 0 and index; the number of all chunks; and that of the largest segment.
     """
     B, T = q.shape[:2]
     if cu_seqlens is not None:
         index = (cu_seqlens, *kda_index_fwd(cu_seqlens, T, CHUNK))
         NC = index[-1].numel()
-        return [(0, 0, 0, index)], NC, NC
+        return [(0, NC, 0, index)], NC, NC
     length = segment_length(B)
     segments = [(t, -(-min(length, T - t) // CHUNK), 0, None) for t in range(0, max(T, 1), length)]
     return segments, B * -(-T // CHUNK), B * segments[0][1]

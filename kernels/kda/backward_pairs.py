@@ -56,7 +56,8 @@ def kda_pairs_bwd_kernel(
         return
     i_tile = (first + i_c).to(tl.int64) * H + i_h
     i_t = (i_b * T + t0) * H + i_h
-    v += tl.multiple_of(i_b * stride_vb, ALIGN) + t0 * stride_vt + i_h * stride_vh
+    i_h64 = i_h.to(tl.int64)  # heads may lie T K elements apart
+    v += tl.multiple_of(i_b * stride_vb, ALIGN) + t0 * stride_vt + i_h64 * stride_vh
     o += i_t * V
     do += i_t * V
     dv += i_t * V
@@ -97,9 +98,9 @@ def kda_pairs_bwd_kernel(
     tl.store(A + o_cc, b_dA)
     tl.store(M + o_cc, b_dP)
     if n_wild > 0:
-        q += tl.multiple_of(i_b * stride_qb, ALIGN) + t0 * stride_qt + i_h * stride_qh
-        k += tl.multiple_of(i_b * stride_kb, ALIGN) + t0 * stride_kt + i_h * stride_kh
-        g += tl.multiple_of(i_b * stride_gb, ALIGN) + t0 * stride_gt + i_h * stride_gh
+        q += tl.multiple_of(i_b * stride_qb, ALIGN) + t0 * stride_qt + i_h64 * stride_qh
+        k += tl.multiple_of(i_b * stride_kb, ALIGN) + t0 * stride_kt + i_h64 * stride_kh
+        g += tl.multiple_of(i_b * stride_gb, ALIGN) + t0 * stride_gt + i_h64 * stride_gh
         channels += i_tile * BK
         a_head = tl.exp(tl.load(A_log + i_h).to(tl.float32))
         b_rq, b_rk = tl.load(rows + o_c), tl.load(rows + C + o_c)

@@ -126,9 +126,10 @@ def kda_rest_bwd_kernel(
         return
     i_tile = (first + i_c).to(tl.int64) * H + i_h
     i_t = (i_b * T + t0) * H + i_h
-    q += tl.multiple_of(i_b * stride_qb, ALIGN) + t0 * stride_qt + i_h * stride_qh
-    k += tl.multiple_of(i_b * stride_kb, ALIGN) + t0 * stride_kt + i_h * stride_kh
-    g += tl.multiple_of(i_b * stride_gb, ALIGN) + t0 * stride_gt + i_h * stride_gh
+    i_h64 = i_h.to(tl.int64)  # heads may lie T K elements apart
+    q += tl.multiple_of(i_b * stride_qb, ALIGN) + t0 * stride_qt + i_h64 * stride_qh
+    k += tl.multiple_of(i_b * stride_kb, ALIGN) + t0 * stride_kt + i_h64 * stride_kh
+    g += tl.multiple_of(i_b * stride_gb, ALIGN) + t0 * stride_gt + i_h64 * stride_gh
     do += i_t * V
     dv += i_t * V
     dq += i_t * K

@@ -141,7 +141,9 @@ def kda_scan_bwd_kernel(
     contiguous [N, H, K, V]: dstate_out goes into the last chunk's state, dstate_in comes out of the first one's.
     Without `has_state` / `has_gradient`, state_in / dstate_out isn't read.
     """
-    i_v, i_nh = tl.program_id(0), tl.program_id(1)
+    # One dimension: the others of a grid end at 65,535.
+    NV: tl.constexpr = VP // BV
+    half, i_v, i_nh = tl.program_id(0) % 2, tl.program_id(0) // 2 % NV, tl.program_id(0) // (2 * NV)
     i_n, i_h = i_nh // H, i_nh % H
     if PACKED:
         bos, eos = tl.load(cu_seqlens + i_n).to(tl.int64), tl.load(cu_seqlens + i_n + 1).to(tl.int64)
@@ -155,7 +157,7 @@ def kda_scan_bwd_kernel(
         n_t = T - t_begin
         v += tl.multiple_of(i_n * stride_vb, ALIGN) + t_begin.to(tl.int64) * stride_vt
         t0 = i_n.to(tl.int64) * T + t_begin
-    v += i_h * stride_vh
+    v += i_h.to(tl.int64) * stride_vh
     do += t0 * (H * V) + i_h * V
     dv += t0 * (H * V) + i_h * V
     xq += i_tile * (C * BK)
@@ -172,7 +174,7 @@ def kda_scan_bwd_kernel(
     o_v = i_v * BV + tl.arange(0, BV)
     m_vk = (o_v < V)[:, None] & (o_k < K)[None, :]
     o_vk = i_nh.to(tl.int64) * (K * V) + o_k[None, :] * V + o_v[:, None]
-    if tl.program_id(2) == 0:
+    if half == 0:
         b_s = tl.load(state_in + o_vk, mask=tl.where(m_vk, has_state, 0) > 0, other=0.0)
         kda_states_half(
             xk, xg, decay, M, v, states, u, b_s, o_v, n_t, NT, stride_vt, stride_vv,
@@ -214,7 +216,7 @@ def kda_scan_bwd(
     (xq, xk, xg, decay, A, M), (N, H, K, V) = tiles[:6], dstate_in.shape
     cu_seqlens, chunk_offsets, _ = index or (None, None, None)
     launch(
-        kda_scan_bwd_kernel, (triton.cdiv(V, config.BV), N * H, 2), compile_only,
+        kda_scan_bwd_kernel, (2 * (borders[0].shape[3] // config.BV) * N * H,), compile_only,
         xq, xk, xg, decay, A, M, v, do, dv,
         *borders[:3],
         dstate_in if state_in is None else state_in, dstate_in if dstate_out is None else dstate_out, dstate_in,

@@ -8,11 +8,11 @@ x [B, T, D] with dense channels and any other strides, weight [D, W] with tap W 
 two of `cu_seqlens` [N + 1]. The new window holds each sequence's last W - 1 inputs, of its first `lengths` tokens.
 """
 
-import re
-
 import torch
 
 from ..gpu.launching import launches_beside_first_argument
+from ..gpu.operator_names import operator_namespace
+from ..gpu.sizes import power_of_two
 
 try:
     import triton
@@ -20,8 +20,7 @@ try:
 except ImportError:
     from ..gpu.optional_triton import tl, triton
 
-# The file may be loaded twice in a process (package and Hub folder): each copy registers under its own name.
-_NAMESPACE = "kimi_" + re.sub(r"\W", "_", __name__)
+_NAMESPACE = operator_namespace("kimi", __name__)
 # Taps are unrolled.
 MAX_WIDTH = 16
 
@@ -77,7 +76,7 @@ def short_conv_edges_fwd_kernel(
     HAS_WINDOW: tl.constexpr, HAS_LENGTHS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Sequence n, BD channels: y of its first W - 1 tokens, which the window reaches, and the window behind it."""
-    i_d, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_d, i_n = tl.program_id(1), tl.program_id(0).to(tl.int64)  # more than 65,535 sequences fit into the first only
     o_d = i_d * BD + tl.arange(0, BD)
     m_d = o_d < D
     n_t, n_y = T, T
@@ -134,11 +133,11 @@ def short_conv_fwd(
         BT, BD = 128, 128
         short_conv_fwd_kernel[(triton.cdiv(D, BD), triton.cdiv(T, BT), B)](
             x, weight, first, y, T, *x.stride()[:2],
-            D=D, W=W, BT=BT, BS=16, BD=BD, BW=1 << (W - 1).bit_length(), PACKED=cu_seqlens is not None, num_warps=4,
+            D=D, W=W, BT=BT, BS=16, BD=BD, BW=power_of_two(W), PACKED=cu_seqlens is not None, num_warps=4,
         )  # fmt: skip
     if new_window.numel() > 0:
         BD = 512
-        short_conv_edges_fwd_kernel[(triton.cdiv(D, BD), N)](
+        short_conv_edges_fwd_kernel[(N, triton.cdiv(D, BD))](
             # Pointers that are not read still move by whole sequences.
             x, weight, new_window if window is None else window, lengths, cu_seqlens, y, new_window, T,
             *x.stride()[:2], D=D, W=W, BD=BD,

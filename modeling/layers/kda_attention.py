@@ -1,5 +1,7 @@
 """Kimi Delta Attention, the linear-attention layer (arXiv 2510.26692, section 3)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
@@ -10,6 +12,8 @@ from ...kernels.prompt.short_convolution import causal_short_conv
 from ..cache.kda_layer import KDACacheLayer
 from ..cache.kimi_linear_cache import own_kda_layer, read_kda_states, write_kda_states
 from ..cache.recording import KDAStepWeights, RawInputs
+from ..plain_modules import Noticing, reads_weights, weights_are_plain
+from .fp32_parameters import keeping_fp32
 from .norms import KimiRMSNormGated
 from .sequence_layout import PaddingLayout
 
@@ -17,7 +21,8 @@ from .sequence_layout import PaddingLayout
 _STEPPED_TOKENS = 16
 
 
-class ShortConvolution(nn.Module):
+@reads_weights
+class ShortConvolution(Noticing):
     """Depthwise causal convolution with SiLU; `weight` [D, 1, W] as on disk, its last tap meets the current token."""
 
     def __init__(self, channels: int, kernel_size: int) -> None:
@@ -35,10 +40,11 @@ class ShortConvolution(nn.Module):
         return causal_short_conv(x, self.weight, window=window, lengths=lengths, cu_seqlens=cu_seqlens)
 
 
-class KimiDeltaAttention(nn.Module):
+@reads_weights
+class KimiDeltaAttention(Noticing):
     """KDA layer: short convolutions, per-channel gate, delta rule, gated norm.
 
-    Numerics follow reference section 3.2: gate, beta, l2 norms, state and the recurrence in fp32; projections and
+    Numerics are those of docs/checkpoint.md: gate, beta, l2 norms, state and the recurrence in fp32; projections and
     convolution inputs in the weights' dtype. `A_log` and `dt_bias` are fp32 parameters whatever the model's dtype.
     """
 
@@ -64,6 +70,9 @@ class KimiDeltaAttention(nn.Module):
         self.g_b_proj = nn.Linear(self.head_dim, inner, bias=False)
         self.o_norm = KimiRMSNormGated(self.head_dim, eps=config.rms_norm_eps)
         self.o_proj = nn.Linear(inner, hidden_size, bias=False)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "KimiDeltaAttention":
+        return super()._apply(keeping_fp32(fn, self.A_log, self.dt_bias), recurse)
 
     def forward(
         self,
@@ -127,15 +136,9 @@ class KimiDeltaAttention(nn.Module):
         return torch.cat(outputs, dim=1)
 
     def _weights_can_be_read(self, hidden_states: torch.Tensor) -> bool:
-        """Stepping reads weights by itself; what hangs on their modules (hooks, offloading, sharding) it would miss."""
+        """Stepping reads these weights by itself and would miss what hangs on their modules."""
         modules = (self.q_conv1d, self.k_conv1d, self.v_conv1d, self.o_norm)
-        return all(
-            type(module.weight) is nn.Parameter
-            and module.weight.device == hidden_states.device
-            and not module._forward_hooks
-            and not module._forward_pre_hooks
-            for module in modules
-        )
+        return weights_are_plain(modules, hidden_states.device)
 
     def step_weights(self) -> KDAStepWeights:
         """What a `KimiLinearCache` needs to step through recorded tokens again."""

@@ -1,5 +1,8 @@
 """Feed-forward layers: the gated MLP and the mixture of experts with shared expert (arXiv 2510.26692, section 4)."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -9,9 +12,13 @@ from ...configuration.configuration_kimi_linear import KimiLinearConfig
 from ...kernels.gpu.availability import fused_path_serves
 from ...kernels.prompt.expert_rows import route_fwd, silu_mul_fwd
 from ...kernels.prompt.grouped_experts import grouped_experts, grouped_experts_serve
+from ..checkpoint.expert_rows import expect_filled, read_released_experts
+from ..plain_modules import Noticing, reads_weights, weights_are_plain
+from .fp32_parameters import keeping_fp32
 
 
-class KimiMLP(nn.Module):
+@reads_weights
+class KimiMLP(Noticing):
     """down(silu(gate(x)) * up(x)), without biases."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
@@ -27,8 +34,9 @@ class KimiMLP(nn.Module):
         return self.down_proj(silu_mul_fwd(gate, up) if fused else F.silu(gate) * up)
 
 
+@reads_weights
 @use_experts_implementation
-class KimiExperts(nn.Module):
+class KimiExperts(Noticing):
     """Routed experts, stacked: `gate_up_proj` [E, 2 I, hidden_size] and `down_proj` [E, hidden_size, I].
 
     The forward below is the "eager" backend of transformers' experts interface; `config._experts_implementation`
@@ -40,9 +48,32 @@ class KimiExperts(nn.Module):
         self.num_experts = config.num_experts
         self.hidden_dim = config.hidden_size
         self.intermediate_dim = config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.gate_up_proj = self._unfilled(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim)
+        self.down_proj = self._unfilled(self.num_experts, self.hidden_dim, self.intermediate_dim)
         self.act_fn = nn.SiLU()
+        self._may_be_unfilled = True
+        self._rows_arrived: dict[str, Any] = {}  # of a load_state_dict in the released layout that is not complete
+        self.register_load_state_dict_pre_hook(read_released_experts)
+
+    @staticmethod
+    def _unfilled(*shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.full(shape, torch.nan))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "KimiExperts":
+        was_meta = self.gate_up_proj.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self.gate_up_proj.is_meta:  # `to_empty`: what its memory held may look like weights
+            with torch.no_grad():
+                self.gate_up_proj.fill_(torch.nan)
+                self.down_proj.fill_(torch.nan)
+            self._may_be_unfilled = True
+        return self
+
+    def check_filled(self) -> None:
+        """Raise ValueError at the first forward if nothing has filled the parameters."""
+        if self._may_be_unfilled and not torch.compiler.is_compiling():
+            expect_filled(self)
+            self._may_be_unfilled = False
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -68,11 +99,12 @@ class KimiExperts(nn.Module):
         return output.to(hidden_states.dtype)
 
 
-class KimiTopkRouter(nn.Module):
+@reads_weights
+class KimiTopkRouter(Noticing):
     """Sigmoid router in fp32 with a correction bias that steers the choice of experts, not their weights.
 
     The bias (auxiliary-loss-free balancing, arXiv 2408.15664) is a buffer: no gradient reaches it. In training mode
-    the router counts the tokens that each expert gets, until `update_correction_bias` uses and clears the counts.
+    with gradients the router counts the tokens of each expert; `update_correction_bias` uses and clears the counts.
     """
 
     def __init__(self, config: KimiLinearConfig) -> None:
@@ -85,11 +117,15 @@ class KimiTopkRouter(nn.Module):
         self.scaling_factor = config.routed_scaling_factor
         self.biased_weights = config.router_weight_uses_score_correction_bias
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
-        self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts))
+        self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts, dtype=torch.float32))
         self.tokens_per_expert: torch.Tensor | None = None
+        self.in_checkpoint = False  # set by the layer: its first pass may be without gradients
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "KimiTopkRouter":
+        return super()._apply(keeping_fp32(fn, self.e_score_correction_bias), recurse)
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Choose experts (reference section 3.4).
+        """Choose experts (docs/checkpoint.md, "Experts").
 
         Args:
             hidden_states: [N, hidden_size].
@@ -114,7 +150,7 @@ class KimiTopkRouter(nn.Module):
         weights = (biased if self.biased_weights else scores).gather(1, experts)
         if self.renormalize:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        if self.training:
+        if self.training and self._is_training_pass():
             self._count(experts)
         return logits, weights * self.scaling_factor, experts
 
@@ -125,13 +161,15 @@ class KimiTopkRouter(nn.Module):
         same up to the order of summation, without the casts.
         """
         half = hidden_states.dtype in (torch.bfloat16, torch.float16) and hidden_states.dtype == self.weight.dtype
-        if half and fused_path_serves(hidden_states, self.weight):
-            return torch.mm(hidden_states, self.weight.t(), out_dtype=torch.float32)
-        return F.linear(hidden_states.float(), self.weight.float())
+        with torch.autocast(hidden_states.device.type, enabled=False):  # which would return half precision
+            if half and fused_path_serves(hidden_states, self.weight):
+                return torch.mm(hidden_states, self.weight.t(), out_dtype=torch.float32)
+            return F.linear(hidden_states.float(), self.weight.float())
 
     def _takes_fused(self, logits: torch.Tensor) -> bool:
         chooses_groups = self.num_groups != self.topk_group
-        return not (self.training or chooses_groups) and fused_path_serves(logits, self.e_score_correction_bias)
+        ours = not (self.training or chooses_groups) and logits.dtype == torch.float32
+        return ours and fused_path_serves(logits, self.e_score_correction_bias)
 
     def _within_best_groups(self, biased: torch.Tensor) -> torch.Tensor:
         """Scores with -inf outside the `topk_group` groups whose two best experts score highest."""
@@ -141,6 +179,12 @@ class KimiTopkRouter(nn.Module):
         best_groups = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(self.topk_group, dim=-1, sorted=False).indices
         chosen = torch.zeros(grouped.shape[:-1], dtype=torch.bool, device=biased.device).scatter_(1, best_groups, True)
         return grouped.masked_fill(~chosen[..., None], float("-inf")).flatten(1)
+
+    def _is_training_pass(self) -> bool:
+        """Whether this pass is one to count: neither generation in training mode nor a checkpoint's recomputation."""
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return False  # inside backward()
+        return torch.is_grad_enabled() or self.in_checkpoint
 
     @torch.no_grad()
     def _count(self, experts: torch.Tensor) -> None:
@@ -153,7 +197,6 @@ class KimiTopkRouter(nn.Module):
         """Raise the bias of experts that got fewer tokens than the mean and lower that of the others, by `rate`.
 
         Call it after each optimiser step; with torch.distributed initialised the counts of all ranks are added first.
-        The bias turns fp32 at the first update, because steps of 1e-3 vanish in bf16.
 
         Returns:
             The counts used, [E] int64, or None if no token was routed since the last call.
@@ -169,7 +212,8 @@ class KimiTopkRouter(nn.Module):
         return counts
 
 
-class KimiSparseMoeBlock(nn.Module):
+@reads_weights
+class KimiSparseMoeBlock(Noticing):
     """Routed experts plus the shared expert, which every token visits with weight one."""
 
     def __init__(self, config: KimiLinearConfig) -> None:
@@ -184,6 +228,8 @@ class KimiSparseMoeBlock(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, T, hidden_size] -> the same shape."""
+        if type(self.experts) is KimiExperts:
+            self.experts.check_filled()
         tokens = hidden_states.flatten(0, -2)
         _, weights, experts = self.gate(tokens)
         if self._takes_grouped(tokens):
@@ -196,18 +242,14 @@ class KimiSparseMoeBlock(nn.Module):
     def _takes_grouped(self, tokens: torch.Tensor) -> bool:
         """Whether to compute the experts here, from their parameters, instead of calling the module.
 
-        Only where "grouped_mm", transformers' default, is configured, and where nothing else hangs on the module: an
-        adapter, sharded or quantised weights, a hook. accelerate's hook that only says which device a module is on is
-        harmless; one that brings the weights from elsewhere (`offload`) is not.
+        Only where "grouped_mm", transformers' default, is configured, and where nothing else hangs on the module.
         """
         experts = self.experts
-        if type(experts) is not KimiExperts or experts.config._experts_implementation != "grouped_mm":
+        if not weights_are_plain((experts,), tokens.device) or experts.config._experts_implementation != "grouped_mm":
             return False
-        hook = getattr(experts, "_hf_hook", None)
-        if hook is not None and getattr(hook, "offload", True):
+        if getattr(experts, "_is_expert_parallel", False):
             return False
-        hooked = experts._forward_hooks or experts._forward_pre_hooks or getattr(experts, "_is_expert_parallel", False)
-        return not hooked and grouped_experts_serve(tokens, experts.gate_up_proj, experts.down_proj)
+        return grouped_experts_serve(tokens, experts.gate_up_proj, experts.down_proj)
 
 
 __all__ = ["KimiExperts", "KimiMLP", "KimiSparseMoeBlock", "KimiTopkRouter"]

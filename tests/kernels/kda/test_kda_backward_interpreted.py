@@ -1,17 +1,11 @@
 """
 Gradients of the Triton kernels against autograd of the float64 recurrence, in Triton's interpreter: fp32 to fp32
 rounding, small shapes.
-
-As test_kda_interpreted.py, these run in a process of their own: test_kda_operators.py starts it.
 """
-
-import os
 
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1; test_kda_operators.py runs this file so", allow_module_level=True)
 pytest.importorskip("triton")
 
 from test_kda_interpreted import GATES, make, nan_allocations

@@ -1,30 +1,27 @@
-"""Captured steps that fail or are interrupted, in Triton's interpreter: run by test_decode_kernels.py.
+"""Captured steps that fail or are interrupted, in Triton's interpreter.
 
 What continues a cache agrees with the layers to 1e-5 of the norm, as in test_decode_step_interpreted.py.
 """
 
 # ruff: noqa: F811 (fixtures are imported by name)
-import os
 import threading
 
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1; test_decode_kernels.py runs this file so", allow_module_level=True)
 pytest.importorskip("triton")
 
-from test_cache_wholeness import Injected, Stops, raises_at, rule_raises_at
+from failures import Injected, Stops, raises_at, rule_raises_at
 from test_decode_step_interpreted import close, few_programs, make_model, model, stepping  # noqa: F401
 
 from kimi_linear.modeling.cache.kimi_linear_cache import KimiLinearCache
 from kimi_linear.modeling.decode import loop as decode_loop
 from kimi_linear.modeling.decode import path as decode_path
-from kimi_linear.modeling.decode import step as decode_step
+from kimi_linear.modeling.decode import plan as decode_plan
 from kimi_linear.modeling.decode.step import DecodeStep
 
 IDS = torch.tensor([[3, 14, 15, 92, 65, 35, 89, 79, 32]])
-LAUNCHES = [name for name in vars(decode_step) if name.startswith(("decode_", "kda_step")) and name != "decode_step"]
+LAUNCHES = [name for name in vars(decode_plan) if name.startswith(("decode_", "kda_step"))]
 
 
 def fill(model, recording):
@@ -60,7 +57,7 @@ def failing_launches(patch, at):
         return counted
 
     for name in LAUNCHES:
-        patch.setattr(decode_step, name, wrapped(getattr(decode_step, name)))
+        patch.setattr(decode_plan, name, wrapped(getattr(decode_plan, name)))
     return tried
 
 
@@ -174,7 +171,7 @@ def test_a_graph_that_was_not_launched_left_the_cache_alone(model, stepping, mon
 
         def replay(self):
             if self.launches:
-                step._launch()
+                step.plan.launch()
             raise KeyboardInterrupt
 
     new = torch.tensor([[5]])
