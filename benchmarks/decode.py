@@ -5,7 +5,7 @@
 
 The model has the released shape and random bf16 weights, drawn on the GPU; a case is CONTEXTxBATCH over a cache filled
 with random values. `step` is one replay of the captured step. `greedy`, `eos` and `sampled` are `generate()` as a user
-calls it, the difference of 264 and 8 new tokens behind a first call: without an end token, with one, and with default
+calls it, the difference of 264 and 8 new tokens after a first call: without an end token, with one, and with default
 sampling. `verify` are steps of several tokens, as speculative decoding takes them, and `recording` is `greedy` over a
 cache that can take tokens back. Limits are the bytes that a step must move at the GPU's read bandwidth, those of
 several tokens with experts chosen independently; `experts` is how many of them the last layer read in one step, so that

@@ -58,7 +58,7 @@ def layer_by_layer(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def logits_of(model: Any, cache: Any, ids: torch.Tensor, prompt: int) -> torch.Tensor:
-    """[B, T - prompt, vocab_size] in float32: logits of the tokens of `ids` [B, T] behind the prompt, one by one."""
+    """[B, T - prompt, vocab_size] in float32: logits of the tokens of `ids` [B, T] after the prompt, one by one."""
     model(ids[:, :prompt], past_key_values=cache, use_cache=True, logits_to_keep=1)
     steps = ids[:, prompt:].split(1, dim=1)
     return torch.cat([model(step, past_key_values=cache, use_cache=True).logits for step in steps], dim=1).float()
@@ -120,7 +120,7 @@ def small_checkpoint_rows(batches: list[int], length: int) -> Iterator[dict[str,
 def main() -> None:
     """Parse the command line, run, print and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=64, help="tokens one by one, behind a prompt of 256")
+    parser.add_argument("--steps", type=int, default=64, help="tokens one by one, after a prompt of 256")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     arguments = parser.parse_args()

@@ -236,15 +236,14 @@ def cold_start(in_model: bool) -> float:
     """
     Seconds of the first forward call in a new process with an empty compile cache, start of CUDA left out.
 
-    in_model: behind what importing the model and the first other kernel of it have done by then: torch._dynamo is
+    in_model: after what importing the model and the first other kernel of it have done by then: torch._dynamo is
     imported, and Triton has started.
     """
     code = "import time, torch; from benchmarks.kda import chunk_kda, inputs; x = inputs('tame', 1, 8192, 32);"
     if in_model:
         code += ("import torch._dynamo; from kimi_linear.kernels.kda.index import kda_index_fwd;"
                  "kda_index_fwd(torch.zeros(2, dtype=torch.int32, device='cuda'), 0, 32);")  # fmt: skip
-    code += ("torch.cuda.synchronize(); t = time.time(); chunk_kda(**x); torch.cuda.synchronize();"
-             "print(time.time() - t)")  # fmt: skip
+    code += "torch.cuda.synchronize(); t = time.time(); chunk_kda(**x); torch.cuda.synchronize();print(time.time() - t)"
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "TRITON_CACHE_DIR": cache}
         run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

@@ -35,7 +35,7 @@ _GIB = 2**30
 
 @torch.no_grad()
 def measure(model: torch.nn.Module, tokens: int, repeats: int, **options: Any) -> dict[str, Any]:
-    """One prompt, `repeats` times behind as many warm-ups as are short: seconds, GiB above weights and of the cache."""
+    """One prompt, `repeats` times after as many warm-ups as are short: seconds, GiB above weights and of the cache."""
     weights = torch.cuda.memory_allocated()
     ids = torch.randint(0, 100_000, (1, tokens), device="cuda")
     torch.cuda.reset_peak_memory_stats()

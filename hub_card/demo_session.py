@@ -101,7 +101,7 @@ def report_decoding_speed(model: Any) -> None:
         do_sample=False,
     )
     seconds = time.perf_counter() - start
-    print(f"  decode: {NEW_TOKENS / seconds:>8,.0f} tokens/s in generate(), {NEW_TOKENS} new behind 16 tokens")
+    print(f"  decode: {NEW_TOKENS / seconds:>8,.0f} tokens/s in generate(), {NEW_TOKENS} new after 16 tokens")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ The official tokenizer numbers 258 slots (ids up to 163,841) while the embedding
 would make the model index out of range, so `tokenizer.json` holds only ids below the model's vocab_size; the two names
 beyond it are ordinary text.
 
-Where the fast tokenizer differs from tiktoken behind the official class:
+Where the fast tokenizer differs from tiktoken as the official class calls it:
 
 * A Python string with a lone surrogate is refused by `tokenizers` (TypeError), while tiktoken reads it as U+FFFD.
   No setting of `tokenizer.json` changes that; `replace_lone_surrogates` does what tiktoken does.
@@ -310,7 +310,7 @@ def write_tokenizer_folder(
 def _generation_config(
     special_ids: Mapping[str, int], tokenizer_config: Mapping[str, Any], kept: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """A chat turn stops at <|im_end|>, plain text at [EOS]; stop ids of the source are kept behind them."""
+    """A chat turn stops at <|im_end|>, plain text at [EOS]; stop ids of the source are kept after them."""
     bos, eos, pad = (special_ids[tokenizer_config[f"{role}_token"]] for role in ("bos", "eos", "pad"))
     more = kept.get("eos_token_id") or []
     stops = [special_ids["<|im_end|>"], eos, *(more if isinstance(more, list) else [more])]
@@ -348,7 +348,7 @@ def convert_tiktoken_folder(
         vocab_size = config.get("vocab_size", len(ranks) + EMBEDDED_SLOTS)
     if vocab_size < len(ranks) + MIN_SLOTS:
         raise ValueError(
-            f"vocab_size = {vocab_size} leaves no room for {MIN_SLOTS} special tokens behind the {len(ranks)} ranks of "
+            f"vocab_size = {vocab_size} leaves no room for {MIN_SLOTS} special tokens after the {len(ranks)} ranks of "
             f"{source / 'tiktoken.model'}: the tokenizer is not this model's"
         )
     named = {

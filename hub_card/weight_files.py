@@ -196,7 +196,7 @@ def _copy_all(files: Sequence[WeightFile], folder: Path) -> None:
 
 
 def copy_resumable(source: Path, part: Path, bar: tqdm) -> None:
-    """Copy `source` to `part`, going on behind what `part` already holds if its end is what the source has there."""
+    """Copy `source` to `part`, going on after what `part` already holds if its end is what the source has there."""
     with source.open("rb") as reader, part.open("ab+") as writer:
         start = _resume_offset(reader, writer)
         writer.truncate(start)

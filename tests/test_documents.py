@@ -1,5 +1,6 @@
 """The README's snippet runs as it stands, and the documents name files and links that exist."""
 
+import importlib
 import os
 import re
 from pathlib import Path
@@ -29,3 +30,13 @@ def test_files_that_documents_name_exist(document):
     named = re.findall(r"`((?:kernels|modeling|configuration|hub_card|tests|benchmarks|docs)/[\w./]*)", text)
     missing += [path for path in named if not (ROOT / path).exists()]
     assert not missing, f"{document.name} names what is not there: {missing}"
+
+
+def test_limits_are_those_of_the_code():
+    rows = re.findall(
+        r"^\|[^|]*\|([^|]*)\| `([A-Z_]+)`, `([\w/]+)\.py` \|$", (ROOT / "docs/public_api.md").read_text(), re.M
+    )
+    assert len(rows) >= 6
+    for text, name, module in rows:
+        value = getattr(importlib.import_module(f"kimi_linear.{module.replace('/', '.')}"), name)
+        assert re.search(rf"\b{value:,}\b", text), f"{name} is {value:,}, docs/public_api.md says {text.strip()}"

@@ -66,7 +66,7 @@ RELEASED_CONFIG: dict[str, Any] = {
 
 
 def tiny_config(kda_layers: tuple[int, ...] = (1, 2), full_attn_layers: tuple[int, ...] = (3, 4), **overrides: Any):
-    """A released-style config dict small enough for a CPU test: dense layer 1, MoE behind it, both attention kinds."""
+    """A released-style config dict small enough for a CPU test: dense layer 1, MoE after it, both attention kinds."""
     config = {
         **RELEASED_CONFIG,
         "hidden_size": 64,

@@ -2,7 +2,7 @@
 Decode step of MLA: attention over the latent rows of a cache, split over programs (see decode/latent.py for the whole).
 
     a = softmax(scale q_h . rows)  over the valid rows of a split, online
-    partial [N, SPLITS, H, R] fp32 = a rows[:R], partial_lse [N, SPLITS, H] the log2 of its weight beside other splits
+    partial [M, SPLITS, H, R] fp32 = a rows[:R], partial_lse [M, SPLITS, H] the log2 of its weight beside other splits
 
 A split is the same rows for all tokens of a step, whole blocks of them; splits without rows write nothing.
 """
@@ -24,7 +24,7 @@ except ImportError:
 
 @triton.jit
 def decode_share(past, T: tl.constexpr, SPLITS: tl.constexpr, BL: tl.constexpr):
-    """(rows behind this step, rows of a split: whole blocks, the same for all tokens)."""
+    """(rows after this step, rows of a split: whole blocks, the same for all tokens)."""
     total = (tl.load(past) + T).to(tl.int32)
     return total, ((total + SPLITS - 1) // SPLITS + BL - 1) // BL * BL
 
@@ -34,7 +34,7 @@ def decode_rows(table, i_b, element: tl.constexpr, WIDTH: tl.constexpr):
     """Address of sequence `i_b`'s rows, WIDTH wide, and of its mask."""
     rows = tl.multiple_of(
         tl.load(table).to(tl.pointer_type(element)), 16
-    )  # what comes out of memory is not known to be
+    )  # the compiler can't know the alignment of an address that was loaded
     o_batch = i_b * tl.load(table + 1)
     if WIDTH % 16 == 0:
         o_batch = tl.multiple_of(o_batch, 16)
@@ -44,7 +44,7 @@ def decode_rows(table, i_b, element: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def decode_prefetch_rows(rows, begin, end, WIDTH: tl.constexpr, BL: tl.constexpr, LINES: tl.constexpr):
-    """Ask the L2 for BL rows from `begin` on; what lies behind row `end` is replaced by the last line before it."""
+    """Ask the L2 for BL rows from `begin` on; what lies after row `end` is replaced by the last line before it."""
     BYTES: tl.constexpr = BL * WIDTH * (rows.dtype.element_ty.primitive_bitwidth // 8)
     first = (rows + begin.to(tl.int64) * WIDTH).to(tl.int64)
     last = (rows + end.to(tl.int64) * WIDTH).to(tl.int64) - 128
@@ -61,8 +61,8 @@ def decode_attend_kernel(
 ):  # fmt: skip
     """
     Program (split, token): attention over its share of the rows. Scores and outputs are kept transposed, [rows, heads]
-    and [R, heads], which lets the tensor cores take the rows as their long side. partial [N, SPLITS, H, R] fp32 is
-    normalised, partial_lse [N, SPLITS, H] is in log2; splits without rows write nothing.
+    and [R, heads], which lets the tensor cores take the rows as their long side. partial [M, SPLITS, H, R] fp32 is
+    normalised, partial_lse [M, SPLITS, H] is in log2; splits without rows write nothing.
     """
     i_split, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_b = i_n // T
@@ -191,16 +191,16 @@ def decode_attend(
     Fill partial and partial_lse.
 
     Args:
-        q: [N, H, R + S], queries in latent space.
+        q: [M, H, R + S], queries in latent space.
         table, past: see decode/latent.py.
-        partial, partial_lse: [N, SPLITS, H, R] and [N, SPLITS, H], fp32.
-        tokens: T, tokens of each batch row; N is a multiple.
+        partial, partial_lse: [M, SPLITS, H, R] and [M, SPLITS, H], fp32.
+        tokens: T, tokens of each batch row; M is a multiple.
         scale: of the scores.
         config: for T tokens of H heads over latents of R.
         upcast: multiply bf16 as fp32 (for Triton's interpreter).
         pdl: launch programmatically dependent (see decode_linear), and prefetch to the L2 (both from sm_90 on).
     """
-    (N, splits, H, R), S = partial.shape, q.shape[2] - partial.shape[3]
+    (M, splits, H, R), S = partial.shape, q.shape[2] - partial.shape[3]
     common = {
         "T": tokens, "H": H, "R": R, "S": S, "SPLITS": splits,
         "BH": config.BH, "BR": padded(R), "BS": padded(S), "BL": config.BL, "STAGES": config.num_stages,
@@ -209,9 +209,9 @@ def decode_attend(
     }  # fmt: skip
     arguments = q, table, past, partial, partial_lse, scale * 1.4426950408889634
     if config.BT == 1:
-        decode_attend_kernel[(splits, N)](*arguments, **common)
+        decode_attend_kernel[(splits, M)](*arguments, **common)
         return
-    groups = N // tokens * triton.cdiv(tokens, config.BT)
+    groups = M // tokens * triton.cdiv(tokens, config.BT)
     decode_attend_tokens_kernel[(groups, splits)](*arguments, BT=config.BT, **common)
 
 

@@ -36,8 +36,8 @@ except ImportError:
 @triton.jit
 def decode_absorb_kernel(
     p, kv_b, norm_weight, q, table, past, eps, stride_p,
-    T: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    BD: tl.constexpr, BR: tl.constexpr, BRR: tl.constexpr, BS: tl.constexpr, ROW_ONLY: tl.constexpr, PDL: tl.constexpr,
+    T: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    BK: tl.constexpr, BR: tl.constexpr, BRR: tl.constexpr, BS: tl.constexpr, ROW_ONLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """
     Programs (token, head or H, tile of R): queries to latent space; head H stands for the cache's new row, which is all
@@ -46,9 +46,9 @@ def decode_absorb_kernel(
     i_n, i_h, i_r = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     if ROW_ONLY:
         i_h += H
-    o_r, o_s, o_d = i_r * BR + tl.arange(0, BR), tl.arange(0, BS), tl.arange(0, BD)
-    p_w = kv_b + (i_h * (D + V) + o_d[:, None]) * R + o_r[None, :]
-    m_w = (o_d < D)[:, None] & (o_r < R)[None, :] & (i_h + o_d[:, None] * 0 < H)
+    o_r, o_s, o_d = i_r * BR + tl.arange(0, BR), tl.arange(0, BS), tl.arange(0, BK)
+    p_w = kv_b + (i_h * (K + V) + o_d[:, None]) * R + o_r[None, :]
+    m_w = (o_d < K)[:, None] & (o_r < R)[None, :] & (i_h + o_d[:, None] * 0 < H)
     b_w = tl.load(p_w, mask=m_w, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -61,21 +61,21 @@ def decode_absorb_kernel(
             o_row = tl.arange(0, BRR)
             rows = tl.load(table).to(tl.pointer_type(p.dtype.element_ty))
             rows += (i_n // T) * tl.load(table + 1) + (tl.load(past) + i_n % T) * (R + S)
-            b_c = tl.load(p + H * (D + S) + o_row, mask=o_row < R, other=0.0).to(tl.float32)
+            b_c = tl.load(p + H * (K + S) + o_row, mask=o_row < R, other=0.0).to(tl.float32)
             b_c *= tl.rsqrt(tl.sum(b_c * b_c, axis=0) / R + eps)
             b_norm = tl.load(norm_weight + o_row, mask=o_row < R, other=0.0).to(tl.float32)
             b_c = b_c.to(p.dtype.element_ty).to(tl.float32) * b_norm  # rounded before the weight, as released
             tl.store(rows + o_row, b_c.to(p.dtype.element_ty), mask=o_row < R)
-            tl.store(rows + R + o_s, tl.load(p + H * (D + S) + R + o_s, mask=o_s < S, other=0.0), mask=o_s < S)
+            tl.store(rows + R + o_s, tl.load(p + H * (K + S) + R + o_s, mask=o_s < S, other=0.0), mask=o_s < S)
         return
-    p += i_h * (D + S)
+    p += i_h * (K + S)
     q += (i_n * H + i_h) * (R + S)
     o_p = o_d[:, None] + o_r[None, :] * 0  # as wide as the weights, so that each thread loads what it multiplies
-    b_p = tl.load(p + o_p, mask=o_p < D, other=0.0).to(tl.float32)
+    b_p = tl.load(p + o_p, mask=o_p < K, other=0.0).to(tl.float32)
     b_q = tl.sum(b_w.to(tl.float32) * b_p, axis=0)
     tl.store(q + o_r, b_q.to(q.dtype.element_ty), mask=o_r < R)
     if i_r == 0:
-        tl.store(q + R + o_s, tl.load(p + D + o_s, mask=o_s < S, other=0.0), mask=o_s < S)
+        tl.store(q + R + o_s, tl.load(p + K + o_s, mask=o_s < S, other=0.0), mask=o_s < S)
 
 
 @triton.jit
@@ -103,13 +103,13 @@ def decode_join_kernel(
 @triton.jit
 def decode_value_kernel(
     partial, kv_b, o,
-    H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr,
     BR: tl.constexpr, BV: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (token, head, tile of V): take the joined latent output to the head's values."""
     i_n, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_v, o_r = tl.program_id(2) * BV + tl.arange(0, BV), tl.arange(0, BR)
-    p_w = kv_b + (i_h * (D + V) + D + o_v[:, None]) * R + o_r[None, :]
+    p_w = kv_b + (i_h * (K + V) + K + o_v[:, None]) * R + o_r[None, :]
     b_w = tl.load(p_w, mask=(o_v < V)[:, None] & (o_r < R)[None, :], other=0.0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -139,37 +139,37 @@ def decode_latent_attention(
     pdl: bool = False,
 ) -> None:
     """
-    Append the new rows to the cache and write o [N, H, V].
+    Append the new rows to the cache and write o [M, H, V].
 
     Args:
-        p: [N, H (D + S) + R + S], rows dense: q_proj's and kv_a_proj_with_mqa's outputs side by side.
-        kv_b: [H (D + V), R] contiguous.
-        o: [N, H, V] contiguous.
+        p: [M, H (K + S) + R + S], rows dense: q_proj's and kv_a_proj_with_mqa's outputs side by side.
+        kv_b: [H (K + V), R] contiguous.
+        o: [M, H, V] contiguous.
         norm_weight, norm_eps: of kv_a_layernorm.
         table, past: see the module docstring.
-        q, partial, partial_lse: workspaces [N, H, R + S] in p's dtype, [N, SPLITS, H, R] and [N, SPLITS, H] fp32.
-        tokens: T, tokens of each batch row; N is a multiple.
+        q, partial, partial_lse: workspaces [M, H, R + S] in p's dtype, [M, SPLITS, H, R] and [M, SPLITS, H] fp32.
+        tokens: T, tokens of each batch row; M is a multiple.
         shared: S, width of the shared key.
         scale: of the scores.
         config: for H heads over latents of R.
         upcast: multiply bf16 as fp32 (for Triton's interpreter).
         pdl: launch programmatically dependent (see decode_linear), and prefetch to the L2 (both from sm_90 on).
     """
-    (N, H, V), R, splits = o.shape, partial.shape[3], partial.shape[1]
-    D = kv_b.shape[0] // H - V
+    (M, H, V), R, splits = o.shape, partial.shape[3], partial.shape[1]
+    K = kv_b.shape[0] // H - V
     BR, BS = padded(R), padded(shared)
-    many = N > SKINNY_TOKENS
-    decode_absorb_kernel[(N,) if many else (N, H + 1, triton.cdiv(R, 128))](
+    many = M > SKINNY_TOKENS
+    decode_absorb_kernel[(M,) if many else (M, H + 1, triton.cdiv(R, 128))](
         p, kv_b, norm_weight, q, table, past, norm_eps, p.stride(0),
-        T=tokens, H=H, D=D, V=V, R=R, S=shared, BD=padded(D), BR=min(128, BR), BRR=BR, BS=BS, ROW_ONLY=many, PDL=pdl,
+        T=tokens, H=H, K=K, V=V, R=R, S=shared, BK=padded(K), BR=min(128, BR), BRR=BR, BS=BS, ROW_ONLY=many, PDL=pdl,
         num_warps=4, **overlap_options(pdl),
     )  # fmt: skip
     if many:
-        library_absorb(p, kv_b, q, D)
+        library_absorb(p, kv_b, q, K)
     decode_attend(
         q, table, past, partial, partial_lse, tokens=tokens, scale=scale, config=config, upcast=upcast, pdl=pdl
     )
-    decode_join_kernel[(N, H, triton.cdiv(R, 32))](
+    decode_join_kernel[(M, H, triton.cdiv(R, 32))](
         partial, partial_lse, past,
         T=tokens, H=H, R=R, SPLITS=splits, BP=padded(splits), BR=32, BL=config.BL, PDL=pdl,
         num_warps=4, **overlap_options(pdl),
@@ -179,9 +179,9 @@ def decode_latent_attention(
         library_values(latent, kv_b, o)
         return
     BV = min(32, padded(V))
-    decode_value_kernel[(N, H, triton.cdiv(V, BV))](
+    decode_value_kernel[(M, H, triton.cdiv(V, BV))](
         partial, kv_b, o,
-        H=H, D=D, V=V, R=R, SPLITS=splits, BR=BR, BV=BV, PDL=pdl, num_warps=4, **overlap_options(pdl),
+        H=H, K=K, V=V, R=R, SPLITS=splits, BR=BR, BV=BV, PDL=pdl, num_warps=4, **overlap_options(pdl),
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ token * TOPK + choice, are laid out expert by expert in blocks of BM, each block
 
     pairs [NB * BM]      pair of each slot, -1 where the block is not full     int32
     experts [NB]         expert of each block                                 int32
-    n_blocks [1]         blocks in use; the entries behind them are unwritten
+    n_blocks [1]         blocks in use; the entries after them are unwritten
 """
 
 import torch
@@ -27,7 +27,7 @@ except ImportError:
 
 @triton.jit
 def decode_topk(p_logits, bias, E: tl.constexpr, BE: tl.constexpr, TOPK: tl.constexpr, BT: tl.constexpr):
-    """Experts of the TOPK choices, int32 [BT], best first; 0 behind them."""
+    """Experts of the TOPK choices, int32 [BT], best first; 0 after them."""
     o_e, o_t = tl.arange(0, BE), tl.arange(0, BT)
     b_c = kda_sigmoid(tl.load(p_logits + o_e, mask=o_e < E, other=0.0))
     b_c += tl.load(bias + o_e, mask=o_e < E, other=0.0).to(tl.float32)
@@ -118,12 +118,12 @@ def decode_route(
     pdl: bool = False,
 ) -> None:
     """
-    Fill chosen int32 and weights fp32, both [N, TOPK] contiguous, from logits [N, E] fp32 (rows dense), bias [E].
+    Fill chosen int32 and weights fp32, both [M, TOPK] contiguous, from logits [M, E] fp32 (rows dense), bias [E].
 
     pdl: launch programmatically dependent (see decode_linear).
     """
-    (N, E), TOPK = logits.shape, chosen.shape[1]
-    decode_route_kernel[(N,)](
+    (M, E), TOPK = logits.shape, chosen.shape[1]
+    decode_route_kernel[(M,)](
         logits, bias, chosen, weights, logits.stride(0), factor,
         E=E, BE=power_of_two(E), TOPK=TOPK, BT=power_of_two(TOPK),
         BIASED=biased, RENORMALIZE=renormalize, PDL=pdl, num_warps=1, **overlap_options(pdl),
@@ -144,7 +144,7 @@ def decode_group(
     num_experts: int,
     pdl: bool = False,
 ) -> None:
-    """Group chosen [N, TOPK] by expert into pairs [NB * BM], experts [NB] and n_blocks [1], all int32; pdl as above."""
+    """Group chosen [M, TOPK] by expert into pairs [NB * BM], experts [NB] and n_blocks [1], all int32; pdl as above."""
     P, BM = chosen.numel(), pairs.numel() // experts.numel()
     decode_group_kernel[(num_experts,)](
         chosen, pairs, experts, n_blocks, P,

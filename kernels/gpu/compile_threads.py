@@ -36,8 +36,8 @@ def compile_side_by_side(kind: Hashable, device: torch.device, *compiles: Callab
     """
     Call all of `compiles` in threads, once for a `kind` of call.
 
-    A kind that says too little is no mistake: what it misses is compiled at its launch. While a CUDA graph is captured
-    nothing may be loaded by other threads, so there everything is.
+    `kind` only decides what is compiled early. A kernel that it leaves out is compiled at its first launch. So are all
+    kernels while a CUDA graph is captured, because no other thread may load anything then.
     """
     if kind in _COMPILED or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return

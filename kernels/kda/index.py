@@ -4,7 +4,7 @@ Where the chunks of packed sequences are, computed on the device (no length is e
 Sequence n covers tokens cu_seqlens[n] .. cu_seqlens[n+1] and is cut into ceil(len / C) chunks of its own.
 
     chunk_offsets[n] = sum_{m<n} ceil(len_m / C)     int32 [N]
-    chunk_seq[c]     = n of the c-th chunk of all, -1 behind the last one     int32 [floor(T / C) + N]
+    chunk_seq[c]     = n of the c-th chunk of all, -1 after the last one     int32 [floor(T / C) + N]
 """
 
 import torch
@@ -18,7 +18,7 @@ except ImportError:
 
 @triton.jit
 def kda_chunk_place(cu_seqlens, chunk_offsets, chunk_seq, i_c, T, NT, t_begin, C: tl.constexpr, PACKED: tl.constexpr):
-    """Batch row, first token and number of tokens of chunk `i_c`; no tokens for the entries behind the last chunk."""
+    """Batch row, first token and number of tokens of chunk `i_c`; no tokens for the entries after the last chunk."""
     if PACKED:
         i_n = tl.load(chunk_seq + i_c)
         i_m = tl.maximum(i_n, 0)

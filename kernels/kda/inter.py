@@ -7,7 +7,7 @@ With the state S [K, V] (fp32, in registers) and the tiles of stage 1
     R = xk S                            the keys' decayed predictions, negated (xk holds -k)       [C, BV]
     U = M V + M R                       the chunk's writes (the paper's pseudo-values)             [C, BV]
     O = xq S + A U                      outputs
-    S = diag(decay) S + xg^T U          state behind the chunk
+    S = diag(decay) S + xg^T U          state after the chunk
 
 (Kimi Linear, arXiv 2510.26692, eqs. 8-9.) Everything is computed transposed, V first: then state, R and U are the left
 operands of all products, which tensor cores take from registers as other products leave them there, and nothing of the
@@ -135,7 +135,7 @@ def kda_inter_fwd(
     compile_only: bool = False,
 ) -> None:
     """
-    Write `o` for the chunks from entry `first` of `tiles` on (see kda_intra_fwd) and the states behind them; `state_in`
+    Write `o` for the chunks from entry `first` of `tiles` on (see kda_intra_fwd) and the states after them; `state_in`
     may be `state_out` without `index`. With it, segments come in order, each with the same `state_in`.
 
     v [B, T, H, V] by strides, o [B, T, H, V] contiguous, states [N, H, K, V] contiguous fp32. compile_only: launch

@@ -7,9 +7,9 @@ kda/index.py (packed sequences), kda/intra.py (inside chunks), kda/inter.py (the
 
 with g_t = -exp(A_log) softplus(logit + dt_bias), beta_t = sigmoid(logit), q and k divided by sqrt(sum of squares +
 1e-6). A gate logit of -inf is no decay and a beta logit of -inf no write: together, a padding token. Any gate is
-safe: no exponent is above 120, however strong the gate, and none of what meets the state is positive. A step's decay
+safe: no exponent is above 120, however strong the gate, and every exponent applied to the state is <= 0. A step's decay
 counts for at least 2^-48, and for at least 2^-30 inside the products of a chunk's wild channels; what a chunk leaves of
-the state in front of it counts as nothing below 2^-126.
+the state before it counts as nothing below 2^-126.
 
 The ops are torch custom operators with fake implementations, so that compiled graphs pass through them. `chunk_kda` is
 differentiable once (backward); the decode step is not, and differentiating through it raises.

@@ -13,7 +13,7 @@ For each row b, head h and token t = 0 .. lengths[b] - 1, with raw projections x
 
 State S [B, H, K, V] fp32 and windows [B, D, W-1] (oldest first) are updated in place. Nothing is rounded between the
 inputs and y. Kimi Linear, arXiv 2510.26692, eqs. 1 and 10. Rows with lengths[b] = 0 keep state and windows; outputs
-behind lengths[b] are 0.
+after lengths[b] are 0.
 
 One program per row and head keeps the head's state in registers: the windows and the norm over V need the whole head.
 
@@ -62,7 +62,7 @@ def kda_token(
     p_q, p_k, p_v, p_wq, p_wk, p_wv, p_weight_q, p_weight_k, p_weight_v, p_f, p_beta, p_gate,
     i_t, stride_qt, stride_kt, stride_vt, stride_ft, stride_bt, stride_gt, m_k, m_v, W: tl.constexpr,
 ):  # fmt: skip
-    """What token `i_t` brings: q, k, v behind their convolutions, and the logits f, beta, gate; fp32."""
+    """What token `i_t` brings: q, k, v after their convolutions, and the logits f, beta, gate; fp32."""
     return (
         kda_conv(p_q, p_wq, p_weight_q, i_t, stride_qt, m_k, W),
         kda_conv(p_k, p_wk, p_weight_k, i_t, stride_kt, m_k, W),
@@ -75,7 +75,7 @@ def kda_token(
 
 @triton.jit
 def kda_window_behind(p_x, p_window, n_t, stride_xt, m_d, W: tl.constexpr, BW: tl.constexpr):
-    """The window behind `n_t` > 0 tokens, [D, BW]: slot i takes what is n_t later, from the inputs or the window."""
+    """The window after `n_t` > 0 tokens, [D, BW]: slot i takes what is n_t later, from the inputs or the window."""
     i_x = (n_t - (W - 1) + tl.arange(0, BW))[None, :]
     m_x = m_d[:, None] & (i_x < n_t)
     b_new = tl.load(p_x[:, None] + i_x * stride_xt, mask=m_x & (i_x >= 0), other=0.0)
@@ -161,7 +161,7 @@ def kda_step_fwd_kernel(
         stride_qt, stride_kt, stride_vt, stride_ft, stride_bt, stride_gt, m_k, m_v, W,
     )  # fmt: skip
     if not PDL:
-        # Behind the loads of the first token, whose convolutions then run while the state is on its way.
+        # After the loads of the first token: its convolutions then run while the state is being loaded.
         b_s = tl.load(p_s, mask=m_k[:, None] & m_v[None, :], other=0.0)
     b_wq = kda_window_behind(p_q, p_wq, n_t, stride_qt, m_k, W, BW)
     b_wk = kda_window_behind(p_k, p_wk, n_t, stride_kt, m_k, W, BW)
@@ -189,7 +189,7 @@ def kda_step_fwd_kernel(
                 stride_qt, stride_kt, stride_vt, stride_ft, stride_bt, stride_gt, m_k, m_v, W,
             )  # fmt: skip
 
-    if record != 0:  # behind the output: its loads are in the L1 by now
+    if record != 0:  # after the output: its loads are in the L1 by now
         p_record = record.to(tl.pointer_type(q.dtype.element_ty)) + i_b * record_stride
         for i_t in range(0, n_t):
             kda_record(p_record, p_q + i_t * stride_qt, o_dk, m_k)

@@ -68,7 +68,7 @@ class Lanes:
 
     @contextmanager
     def second(self, slot: int) -> Iterator[None]:
-        """Inside, launches are stage 2's of the segment in `slot`, behind the stage 1 launched last."""
+        """Inside, launches are stage 2's of the segment in `slot`, after the stage 1 launched last."""
         if self._side is None:
             yield
             return
@@ -81,6 +81,6 @@ class Lanes:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        """Let the caller's stream wait for everything, also behind an exception: the tensors may go then."""
+        """Let the caller's stream wait for everything, also after an exception: the tensors may go then."""
         if self._side is not None:
             self._main.wait_stream(self._side)

@@ -4,7 +4,7 @@ Per head, with log decays g_t <= 0 and write strength beta_t in [0, 1] (arXiv 25
 
     S_t = Diag(exp(g_t)) S_{t-1} + beta_t k_t (v_t - (Diag(exp(g_t)) S_{t-1})^T k_t)^T,    o_t = S_t^T q_t
 
-The chunked form (eq. 6 to 9) takes C tokens at once. With S the state in front of the chunk, G_i the sum of its gates
+The chunked form (eq. 6 to 9) takes C tokens at once. With S the state before the chunk, G_i the sum of its gates
 up to token i, and all products of tokens i >= j decayed by exp(G_i - G_j):
 
     L[i, j] = beta_i k_i k_j  (i > j)            U = (I + L)^-1 (beta v)           new = U - W S
@@ -12,7 +12,7 @@ up to token i, and all products of tokens i >= j decayed by exp(G_i - G_j):
                                                  S' = Diag(exp(G_C)) S + (k exp(G_C - G))^T new
 
 This model's decay is unbounded below, so exp of a positive sum must not be formed, and neither may G_i - G_j be taken
-from two long sums: behind one gate of -2,661 that costs 2e-4 absolute. `_decayed_products` builds L and P by joining
+from two long sums: after one gate of -2,661 that costs 2e-4 absolute. `_decayed_products` builds L and P by joining
 blocks, each decayed towards the border between both by sums of its own gates only, which never rise above zero.
 """
 
@@ -62,7 +62,7 @@ def _decayed_products(
         g: [..., C, K] log decays, none positive.
 
     Returns:
-        A [..., C, C]; g summed up to each row, itself included, and behind each row, both [..., C, K].
+        A [..., C, C]; g summed up to each row, itself included, and after each row, both [..., C, K].
     """
     a, k, since = (x.unsqueeze(-2) for x in (a, k, g))  # [..., blocks, rows of a block, K]
     upto = torch.zeros_like(since)
@@ -219,7 +219,7 @@ def chunk_kda_torch(
         scale: of q; None for K^-0.5.
         initial_state: [N, H, K, V], None for zeros; N is B, or the number of packed sequences.
         cu_seqlens: [N + 1] boundaries of packed sequences (B must be 1), which may be empty. Read back from a GPU.
-        output_final_state: whether to return the state behind the last token.
+        output_final_state: whether to return the state after the last token.
         chunk_size: tokens per chunk, a power of two.
 
     Returns:

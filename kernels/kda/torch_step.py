@@ -3,7 +3,7 @@ projections to the gated norm.
 
 Every token goes through operators of its own, on tensors of one shape and layout. An elementwise function may round
 differently in vector and in scalar code, and which of the two an element meets depends on the shape it sits in; so only
-this way do the bits of the state behind a token not depend on how many tokens came in the same call. Rolling back
+this way do the bits of the state after a token not depend on how many tokens came in the same call. Rolling back
 relies on it.
 """
 
@@ -35,7 +35,7 @@ def kda_step_torch(
     """A few tokens from cached state; differentiable, nothing is changed in place.
 
     Args:
-        q, k, v: [B, T, H * K], [B, T, H * K], [B, T, H * V] projections in front of the convolutions.
+        q, k, v: [B, T, H * K], [B, T, H * K], [B, T, H * V] projections before the convolutions.
         f: [B, T, H * K] raw gate logits.
         beta: [B, T, H] raw write-strength logits.
         gate: [B, T, H * V] logits of the output gate, or None where only the state is wanted.
@@ -47,8 +47,8 @@ def kda_step_torch(
         lengths: [B] integer tokens each row takes; None for T.
 
     Returns:
-        y [B, T, H, V] in q's dtype (None without `gate`; of no meaning behind a row's length), the window and the state
-        behind each row's tokens.
+        y [B, T, H, V] in q's dtype (None without `gate`; of no meaning after a row's length), the window and the state
+        after each row's tokens.
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     (B, H, K, V), out_dtype = state.shape, q.dtype
@@ -65,7 +65,7 @@ def kda_step_torch(
             inputs = torch.cat([window, qkv[:, t]], dim=-1)  # [B, D, W]
             y = F.silu((inputs * taps).sum(-1))
             if out_dtype != dtype:
-                y = y.to(out_dtype).to(dtype)  # rounded as behind a prompt
+                y = y.to(out_dtype).to(dtype)  # rounded as after a prompt
             qk = y[:, : 2 * H * K].view(B, 2, H, K)
             qk = qk * torch.rsqrt(qk.square().sum(-1, keepdim=True) + _NORM_EPS)
             q_t, k_t = qk.unsqueeze(3).unbind(1)  # [B, H, 1, K]

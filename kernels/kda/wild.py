@@ -45,7 +45,7 @@ def kda_levels(
     Add the channels' part of L and A: blocks of 2^BASE tokens about their midpoints, then level by level.
 
     Masks are said with a token's block n and its place r there: then many elements' are equal, and the compiler forms
-    the weights of all levels once, in front of the loop over slices.
+    the weights of all levels once, before the loop over slices.
     """
     o_i, o_j = o_c[:, None], o_c[None, :]
     n_i, n_j, r_i, r_j = o_i >> BASE, o_j >> BASE, o_i & ((1 << BASE) - 1), o_j & ((1 << BASE) - 1)
@@ -60,7 +60,7 @@ def kda_levels(
     b_L += tl.where(m_s, kda_dot(b_k * b_G, b_kt, None, DTYPE, PRECISION, UPCAST), 0.0)
     b_A += tl.where(m_s, kda_dot(b_q * b_G, b_kt, None, DTYPE, PRECISION, UPCAST), 0.0)
     for s in range(BASE, NS):  # unrolled it ends in a trap: Triton 3.9, sm_100
-        # Tokens between the token and the reference: up to it in an upper half, behind it in a lower one.
+        # Tokens between the token and the reference: up to it in an upper half, after it in a lower one.
         m_upper = ((n_i >> (s - BASE)) & 1) == 1
         b_r = tl.where(m_upper, tl.where(r_j <= r_i, 1.0, 0.0), tl.where(r_j > r_i, 1.0, 0.0))
         b_n = tl.where(((n_i >> (s - BASE)) == (n_j >> (s - BASE))) & tl.where(m_upper, n_j < n_i, n_j > n_i), 1.0, 0.0)

@@ -2,11 +2,11 @@
 The mixture of experts around its two grouped matrix products, one pass each, for inference on GPUs.
 
     route      the k best of E experts of each token, and their weights, from the router's logits
-    scatter    x [N, H] -> rows [N k, H] in the order of their experts: each row is read once and written k times
+    scatter    x [M, D] -> rows [M k, D] in the order of their experts: each row is read once and written k times
     silu_mul   round(round(silu(gate)) * up)
     combine    round(sum_i weights[n, i] * rows[position[n, i]]) in fp32, then round(. + shared), if given
 
-`position` [N, k] int32 is where the rows of each token and slot stand. The roundings, to the dtype of the rows, are
+`position` [M, k] int32 is where the rows of each token and slot stand. The roundings, to the dtype of the rows, are
 those of the modules in modeling/layers/moe.py.
 """
 
@@ -25,23 +25,23 @@ except ImportError:
 _NAMESPACE = operator_namespace("kimi", __name__)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["M"])
 def route_fwd_kernel(
-    logits, bias, weights, experts, scaling, N,
-    E: tl.constexpr, KS: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
+    logits, bias, weights, experts, scaling, M,
+    E: tl.constexpr, KS: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
     RENORMALIZE: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
-    """BN tokens a program. logits [N, E] fp32 contiguous, bias [E]; weights fp32 and experts int64 [N, KS]."""
-    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    """BM tokens a program. logits [M, E] fp32 contiguous, bias [E]; weights fp32 and experts int64 [M, KS]."""
+    o_n = tl.program_id(0) * BM + tl.arange(0, BM)
     o_e, o_k = tl.arange(0, BE), tl.arange(0, BK)
-    m_n, m_e = o_n < N, o_e < E
+    m_n, m_e = o_n < M, o_e < E
     p_l = logits + o_n.to(tl.int64)[:, None] * E + o_e[None, :]
     b_s = tl.sigmoid(tl.load(p_l, mask=m_n[:, None] & m_e[None, :], other=0.0))
     b_c = b_s + tl.load(bias + o_e, mask=m_e, other=0.0).to(tl.float32)[None, :]
     b_v = b_c if BIASED else b_s
     b_c = tl.where(b_c == b_c, b_c, float("inf"))  # a NaN is chosen first, as by torch.topk and decode_topk
     b_c = tl.where(m_e[None, :], b_c, float("-inf"))
-    b_w, b_i = tl.zeros([BN, BK], tl.float32), tl.zeros([BN, BK], tl.int32)
+    b_w, b_i = tl.zeros([BM, BK], tl.float32), tl.zeros([BM, BK], tl.int32)
     for i in tl.static_range(0, KS):
         # Among scores of -inf the choice is arbitrary, but must be an expert: E is no multiple of BE.
         b_e = tl.minimum(tl.argmax(b_c, axis=1), E - 1)
@@ -59,50 +59,50 @@ def route_fwd_kernel(
 
 
 @triton.jit
-def scatter_rows_fwd_kernel(x, position, rows, stride_x, H: tl.constexpr, KS: tl.constexpr, BH: tl.constexpr):
-    """One token a program. x [N, H] with dense rows; rows [N KS, H] contiguous."""
+def scatter_rows_fwd_kernel(x, position, rows, stride_x, D: tl.constexpr, KS: tl.constexpr, BD: tl.constexpr):
+    """One token a program. x [M, D] with dense rows; rows [M KS, D] contiguous."""
     i_n = tl.program_id(0).to(tl.int64)
-    o_h = tl.arange(0, BH)
-    m_h = o_h < H
+    o_h = tl.arange(0, BD)
+    m_h = o_h < D
     b_x = tl.load(x + i_n * stride_x + o_h, mask=m_h, other=0.0)
     for i in tl.static_range(0, KS):
         i_r = tl.load(position + i_n * KS + i).to(tl.int64)
-        tl.store(rows + i_r * H + o_h, b_x, mask=m_h)
+        tl.store(rows + i_r * D + o_h, b_x, mask=m_h)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["M"])
 def silu_mul_fwd_kernel(
-    gate, up, y, stride_g, stride_u, N, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr
+    gate, up, y, stride_g, stride_u, M, I: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr
 ):  # fmt: skip
-    """BN rows of BD columns. gate, up [N, D] with dense rows; y [N, D] contiguous."""
-    o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
-    m_nd = (o_n < N)[:, None] & (o_d < D)[None, :]
+    """BM rows of BI columns. gate, up [M, I] with dense rows; y [M, I] contiguous."""
+    o_n = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    o_d = tl.program_id(1) * BI + tl.arange(0, BI)
+    m_nd = (o_n < M)[:, None] & (o_d < I)[None, :]
     b_g = tl.load(gate + o_n[:, None] * stride_g + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
     b_u = tl.load(up + o_n[:, None] * stride_u + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
     b_g = (b_g * tl.sigmoid(b_g)).to(y.dtype.element_ty).to(tl.float32)
-    tl.store(y + o_n[:, None] * D + o_d[None, :], (b_g * b_u).to(y.dtype.element_ty), mask=m_nd)
+    tl.store(y + o_n[:, None] * I + o_d[None, :], (b_g * b_u).to(y.dtype.element_ty), mask=m_nd)
 
 
 @triton.jit
 def combine_rows_fwd_kernel(
     rows, position, weights, shared, y, stride_s,
-    H: tl.constexpr, KS: tl.constexpr, BH: tl.constexpr, HAS_SHARED: tl.constexpr,
+    D: tl.constexpr, KS: tl.constexpr, BD: tl.constexpr, HAS_SHARED: tl.constexpr,
 ):  # fmt: skip
-    """One token a program. rows [N KS, H] contiguous, shared [N, H] with dense rows; y [N, H] contiguous."""
+    """One token a program. rows [M KS, D] contiguous, shared [M, D] with dense rows; y [M, D] contiguous."""
     i_n = tl.program_id(0).to(tl.int64)
-    o_h = tl.arange(0, BH)
-    m_h = o_h < H
-    b_y = tl.zeros([BH], tl.float32)
+    o_h = tl.arange(0, BD)
+    m_h = o_h < D
+    b_y = tl.zeros([BD], tl.float32)
     for i in tl.static_range(0, KS):
         i_r = tl.load(position + i_n * KS + i).to(tl.int64)
         b_w = tl.load(weights + i_n * KS + i)
-        b_y += b_w * tl.load(rows + i_r * H + o_h, mask=m_h, other=0.0).to(tl.float32)
+        b_y += b_w * tl.load(rows + i_r * D + o_h, mask=m_h, other=0.0).to(tl.float32)
     b_y = b_y.to(y.dtype.element_ty)
     if HAS_SHARED:
         b_s = tl.load(shared + i_n * stride_s + o_h, mask=m_h, other=0.0).to(tl.float32)
         b_y = (b_y.to(tl.float32) + b_s).to(y.dtype.element_ty)
-    tl.store(y + i_n * H + o_h, b_y, mask=m_h)
+    tl.store(y + i_n * D + o_h, b_y, mask=m_h)
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
@@ -114,21 +114,21 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
 def route_fwd(
     logits: torch.Tensor, bias: torch.Tensor, top_k: int, renormalize: bool, scaling: float, biased: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights [N, top_k] fp32 and experts [N, top_k] int64 for logits [N, E] fp32; of equals, the first expert wins.
+    """Weights [M, top_k] fp32 and experts [M, top_k] int64 for logits [M, E] fp32; of equals, the first expert wins.
 
     The experts are those of the highest sigmoid(logit) + bias, best first, NaN above all numbers. A weight is the
     sigmoid without the bias (with it if `biased`), divided by the sum over the chosen (plus 1e-20) if `renormalize`,
     times `scaling`.
     """
-    N, E = logits.shape
-    weights = torch.empty(N, top_k, dtype=torch.float32, device=logits.device)
-    experts = torch.empty(N, top_k, dtype=torch.int64, device=logits.device)
-    if N > 0:
+    M, E = logits.shape
+    weights = torch.empty(M, top_k, dtype=torch.float32, device=logits.device)
+    experts = torch.empty(M, top_k, dtype=torch.int64, device=logits.device)
+    if M > 0:
         BE = padded(E)
-        BN = max(1, 2048 // BE)
-        route_fwd_kernel[(triton.cdiv(N, BN),)](
-            logits.contiguous(), bias.contiguous(), weights, experts, scaling, N,
-            E=E, KS=top_k, BN=BN, BE=BE, BK=power_of_two(top_k, at_least=2),
+        BM = max(1, 2048 // BE)
+        route_fwd_kernel[(triton.cdiv(M, BM),)](
+            logits.contiguous(), bias.contiguous(), weights, experts, scaling, M,
+            E=E, KS=top_k, BM=BM, BE=BE, BK=power_of_two(top_k, at_least=2),
             RENORMALIZE=renormalize, BIASED=biased, num_warps=4,
         )  # fmt: skip
     return weights, experts
@@ -143,13 +143,13 @@ def _(logits, bias, top_k, renormalize, scaling, biased):
 @torch.library.custom_op(f"{_NAMESPACE}::scatter_rows_fwd", mutates_args=())
 @launches_beside_first_argument
 def scatter_rows_fwd(x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """Rows [N k, H]: row position[n, i] is x[n]. `position` [N, k] int32 is a permutation of 0 .. N k - 1."""
-    (N, H), KS = x.shape, position.shape[1]
-    rows = torch.empty(N * KS, H, dtype=x.dtype, device=x.device)
+    """Rows [M k, D]: row position[n, i] is x[n]. `position` [M, k] int32 is a permutation of 0 .. M k - 1."""
+    (M, D), KS = x.shape, position.shape[1]
+    rows = torch.empty(M * KS, D, dtype=x.dtype, device=x.device)
     if rows.numel() > 0:
-        x, BH = _dense(x), padded(H)
-        scatter_rows_fwd_kernel[(N,)](
-            x, position.contiguous(), rows, x.stride(0), H=H, KS=KS, BH=BH, num_warps=_warps(BH)
+        x, BD = _dense(x), padded(D)
+        scatter_rows_fwd_kernel[(M,)](
+            x, position.contiguous(), rows, x.stride(0), D=D, KS=KS, BD=BD, num_warps=_warps(BD)
         )
     return rows
 
@@ -162,15 +162,15 @@ def _(x, position):
 @torch.library.custom_op(f"{_NAMESPACE}::silu_mul_fwd", mutates_args=())
 @launches_beside_first_argument
 def silu_mul_fwd(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up for [..., D] tensors of one dtype, halves of one tensor among them; fresh and contiguous."""
+    """silu(gate) * up for [..., I] tensors of one dtype, halves of one tensor among them; fresh and contiguous."""
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     gates, ups = (_dense(x.reshape(-1, x.shape[-1])) for x in (gate, up))
     if y.numel() > 0:
-        N, D = gates.shape
-        BD = min(1024, padded(D))
-        BN = max(1, 2048 // BD)
-        silu_mul_fwd_kernel[(triton.cdiv(N, BN), triton.cdiv(D, BD))](
-            gates, ups, y, gates.stride(0), ups.stride(0), N, D=D, BN=BN, BD=BD, num_warps=4
+        M, I = gates.shape
+        BI = min(1024, padded(I))
+        BM = max(1, 2048 // BI)
+        silu_mul_fwd_kernel[(triton.cdiv(M, BM), triton.cdiv(I, BI))](
+            gates, ups, y, gates.stride(0), ups.stride(0), M, I=I, BM=BM, BI=BI, num_warps=4
         )
     return y
 
@@ -185,14 +185,14 @@ def _(gate, up):
 def combine_rows_fwd(
     rows: torch.Tensor, position: torch.Tensor, weights: torch.Tensor, shared: torch.Tensor | None
 ) -> torch.Tensor:
-    """[N, H] in the dtype of rows [N k, H]; position [N, k] int32, weights [N, k] fp32, shared [N, H] or None."""
-    (N, KS), H = position.shape, rows.shape[1]
-    y = torch.empty(N, H, dtype=rows.dtype, device=rows.device)
+    """[M, D] in the dtype of rows [M k, D]; position [M, k] int32, weights [M, k] fp32, shared [M, D] or None."""
+    (M, KS), D = position.shape, rows.shape[1]
+    y = torch.empty(M, D, dtype=rows.dtype, device=rows.device)
     if y.numel() > 0:
-        shared, BH = None if shared is None else _dense(shared), padded(H)
-        combine_rows_fwd_kernel[(N,)](
+        shared, BD = None if shared is None else _dense(shared), padded(D)
+        combine_rows_fwd_kernel[(M,)](
             rows, position.contiguous(), weights.contiguous(), shared, y, 0 if shared is None else shared.stride(0),
-            H=H, KS=KS, BH=BH, HAS_SHARED=shared is not None, num_warps=_warps(BH),
+            D=D, KS=KS, BD=BD, HAS_SHARED=shared is not None, num_warps=_warps(BD),
         )  # fmt: skip
     return y
 

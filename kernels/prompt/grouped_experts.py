@@ -26,30 +26,30 @@ def grouped_experts(
     """sum_i weights[n, i] * down_e (silu(gate_e x_n) * up_e x_n) + shared_n with e = experts[n, i].
 
     Args:
-        x: [N, H] bf16.
-        experts: [N, k] int64, each in [0, E).
-        weights: [N, k] fp32.
-        gate_up: [E, 2 I, H], rows of gate in front of those of up.
-        down: [E, H, I].
-        shared: [N, H] to add, rounded after the routed sum is, or None.
+        x: [M, D] bf16.
+        experts: [M, k] int64, each in [0, E).
+        weights: [M, k] fp32.
+        gate_up: [E, 2 I, D], rows of gate before those of up.
+        down: [E, D, I].
+        shared: [M, D] to add, rounded after the routed sum is, or None.
 
     Returns:
-        [N, H] bf16. Nothing is read back from the GPU.
+        [M, D] bf16. Nothing is read back from the GPU.
     """
     position, offsets = expert_order(experts, gate_up.shape[0])
-    rows = scatter_rows_fwd(x, position)  # [N k, H]
-    hidden = F.grouped_mm(rows, gate_up.transpose(1, 2), offs=offsets)  # [N k, 2 I]
+    rows = scatter_rows_fwd(x, position)  # [M k, D]
+    hidden = F.grouped_mm(rows, gate_up.transpose(1, 2), offs=offsets)  # [M k, 2 I]
     del rows
     gate, up = hidden.chunk(2, dim=-1)
-    activated = silu_mul_fwd(gate, up)  # [N k, I]
+    activated = silu_mul_fwd(gate, up)  # [M k, I]
     del hidden, gate, up
-    outputs = F.grouped_mm(activated, down.transpose(1, 2), offs=offsets)  # [N k, H]
+    outputs = F.grouped_mm(activated, down.transpose(1, 2), offs=offsets)  # [M k, D]
     del activated
     return combine_rows_fwd(outputs, position, weights, shared)
 
 
 def expert_order(experts: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(position [N, k] int32 of each token's rows when sorted by expert, ends [E] int32 of the experts' rows)."""
+    """(position [M, k] int32 of each token's rows when sorted by expert, ends [E] int32 of the experts' rows)."""
     flat = experts.flatten()
     dtype = torch.uint8 if num_experts <= 256 else torch.int32  # the sort takes a pass for each byte
     ordered, order = flat.to(dtype).sort(stable=True)

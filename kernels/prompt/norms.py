@@ -28,7 +28,7 @@ def rms_norm_fwd_kernel(
     x, residual, weight, total, y, stride_x, stride_r, eps,
     D: tl.constexpr, BD: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """One row a program. x, residual [N, D] with dense rows; total, y [N, D] contiguous."""
+    """One row a program. x, residual [M, D] with dense rows; total, y [M, D] contiguous."""
     i_n = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BD)
     m_d = o_d < D
@@ -44,15 +44,15 @@ def rms_norm_fwd_kernel(
     tl.store(y + i_n * D + o_d, b_y.to(y.dtype.element_ty), mask=m_d)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["M"])
 def gated_rms_norm_fwd_kernel(
-    x, gate, weight, y, stride_x, stride_g, eps, N,
-    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+    x, gate, weight, y, stride_x, stride_g, eps, M,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """BN rows a program (heads are short). x, gate [N, D] with dense rows; y [N, D] contiguous."""
-    o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    """BM rows a program (heads are short). x, gate [M, D] with dense rows; y [M, D] contiguous."""
+    o_n = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     o_d = tl.arange(0, BD)
-    m_nd = (o_n < N)[:, None] & (o_d < D)[None, :]
+    m_nd = (o_n < M)[:, None] & (o_d < D)[None, :]
     b_x = tl.load(x + o_n[:, None] * stride_x + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
     b_g = tl.load(gate + o_n[:, None] * stride_g + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
     b_w = tl.load(weight + o_d, mask=o_d < D, other=0.0).to(tl.float32)
@@ -62,7 +62,7 @@ def gated_rms_norm_fwd_kernel(
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """[..., D] as [N, D] with dense rows; a view where the strides allow it."""
+    """[..., D] as [M, D] with dense rows; a view where the strides allow it."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -117,10 +117,10 @@ def gated_rms_norm_fwd(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor
     rows, gates, D = _rows(x), _rows(gate), x.shape[-1]
     if x.numel() > 0:
         BD = padded(D)
-        BN = max(1, 2048 // BD)
-        gated_rms_norm_fwd_kernel[(triton.cdiv(rows.shape[0], BN),)](
+        BM = max(1, 2048 // BD)
+        gated_rms_norm_fwd_kernel[(triton.cdiv(rows.shape[0], BM),)](
             rows, gates, weight, y, rows.stride(0), gates.stride(0), eps, rows.shape[0],
-            D=D, BD=BD, BN=BN, num_warps=4,
+            D=D, BD=BD, BM=BM, num_warps=4,
         )  # fmt: skip
     return y
 

@@ -25,14 +25,14 @@ def causal_short_conv(
     Args:
         x: [B, T, D], any strides, T >= 0.
         weight: [D, 1, W]; tap W - 1 meets the current token.
-        window: [B, D, W - 1], the inputs in front of x, oldest first; None for zeros. With `cu_seqlens`, one per
+        window: [B, D, W - 1], the inputs before x, oldest first; None for zeros. With `cu_seqlens`, one per
             sequence: [N, D, W - 1].
-        lengths: [B], valid tokens at the front of each row, 0 to T; what is behind them does not enter the new window.
+        lengths: [B], valid tokens at the front of each row, 0 to T; what is after them does not enter the new window.
         cu_seqlens: [N + 1] boundaries of packed sequences (B must be 1), which may be empty; excludes `lengths`. Where
             the fused kernel serves, they are read on the device and their values are not checked.
 
     Returns:
-        y [B, T, D] in x's dtype, and the window behind the (valid) tokens in x's dtype, a fresh tensor.
+        y [B, T, D] in x's dtype, and the window after the (valid) tokens in x's dtype, a fresh tensor.
 
     Raises:
         ValueError: if shapes, dtypes, devices or boundaries don't fit.
@@ -93,7 +93,7 @@ def _convolve_piece(x: torch.Tensor, weight: torch.Tensor, window: torch.Tensor)
 
 
 def _window_behind(x: torch.Tensor, window: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """The W - 1 inputs in front of position `lengths` [B] of each row, [B, W - 1, D]; before x, those of the window."""
+    """The W - 1 inputs before position `lengths` [B] of each row, [B, W - 1, D]; before x, those of the window."""
     width = window.shape[1]
     if x.shape[1] == 0:
         return window

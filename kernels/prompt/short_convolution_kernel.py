@@ -1,10 +1,10 @@
 """
-The short convolution in front of KDA in one pass, for inference on GPUs: depthwise, causal, with SiLU.
+The short convolution before KDA in one pass, for inference on GPUs: depthwise, causal, with SiLU.
 
     y_t = round(silu(sum_i weight[W - 1 - i] * x_{t - i}))        accumulated in fp32
 
 x [B, T, D] with dense channels and any other strides, weight [D, W] with tap W - 1 at the current token, window
-[N, D, W - 1] the inputs in front of each sequence, oldest first. A sequence is a row, or a part of the only row between
+[N, D, W - 1] the inputs before each sequence, oldest first. A sequence is a row, or a part of the only row between
 two of `cu_seqlens` [N + 1]. The new window holds each sequence's last W - 1 inputs, of its first `lengths` tokens.
 """
 
@@ -75,7 +75,7 @@ def short_conv_edges_fwd_kernel(
     D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_LENGTHS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Sequence n, BD channels: y of its first W - 1 tokens, which the window reaches, and the window behind it."""
+    """Sequence n, BD channels: y of its first W - 1 tokens, which the window reaches, and the window after it."""
     i_d, i_n = tl.program_id(1), tl.program_id(0).to(tl.int64)  # more than 65,535 sequences fit into the first only
     o_d = i_d * BD + tl.arange(0, BD)
     m_d = o_d < D

@@ -164,7 +164,7 @@ class KDACacheLayer(LinearAttentionCacheLayerMixin):
     def store_step(
         self, inputs: RawInputs, valid: torch.Tensor | None, window: torch.Tensor, state: torch.Tensor
     ) -> None:
-        """Take over what stepping through `inputs` [B, T, .], behind `begin_step`, left; record them if asked to.
+        """Take over what stepping through `inputs` [B, T, .], after `begin_step`, left; record them if asked to.
 
         `valid` is [B, T], or None if none of them is padding.
         """
@@ -195,7 +195,7 @@ class KDACacheLayer(LinearAttentionCacheLayerMixin):
 
         Args:
             new_tokens: how many.
-            recorded: whether it also wrote `recording.inputs` from row `recording.length` on, behind
+            recorded: whether it also wrote `recording.inputs` from row `recording.length` on, after
                 `prepare_recording(new_tokens)`. If not, positions up to here can't be taken back any more.
         """
         if self.recording is not None and not recorded:

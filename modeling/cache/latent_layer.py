@@ -19,7 +19,7 @@ class LatentCacheLayer(CacheLayerMixin):
     keeps its address until it has to grow, is reset, or holds another number of sequences.
 
     Attributes:
-        storage: [B, capacity, kv_lora_rank + qk_rope_head_dim], or None before the first token; rows behind
+        storage: [B, capacity, kv_lora_rank + qk_rope_head_dim], or None before the first token; rows after
             `get_seq_length()` have no meaning.
         expected_length: rows to make room for when the storage is next allocated, so that it need not move on the way.
     """
@@ -98,7 +98,7 @@ class LatentCacheLayer(CacheLayerMixin):
         self.storage = grown
 
     def advance(self, new_tokens: int) -> None:
-        """Count rows that a captured graph has written behind `get_seq_length()`, within the capacity."""
+        """Count rows that a captured graph has written after `get_seq_length()`, within the capacity."""
         self._length += new_tokens
 
     def get_seq_length(self) -> int:

@@ -2,10 +2,10 @@
 
 A recurrent state cannot be run backwards. While recording, a layer keeps copies of its state and windows from a few
 positions (checkpoints) and the raw inputs of every token since the oldest of them; rolling back copies the last
-checkpoint in front of the cut and steps through the kept tokens again, by the very code that took them first.
+checkpoint before the cut and steps through the kept tokens again, by the very code that took them first.
 
 Layout, per layer: `inputs` [B, R, 3 H K + H K + H] in the model's dtype, allocated once; row t of it is token t since
-the oldest checkpoint, as (q | k | v) in front of the convolutions, gate logits behind f_b_proj, beta logits behind
+the oldest checkpoint, as (q | k | v) before the convolutions, gate logits after f_b_proj, beta logits after
 b_proj. `valid` [B, R] is False where a row's token is padding or was taken back. Everything that counts is a Python
 integer, so a captured graph can write `inputs[:, length]` and count with `advance`.
 
@@ -13,7 +13,7 @@ Bytes a sequence and layer at the released shape in bf16: 3 checkpoints of 2 MiB
 4.0 MiB at the default R = 128. For 20 layers together 204 MiB, whatever the length of the context.
 
 Time: a token writes those 32,832 bytes. A checkpoint, 4.1 MiB read and written, is taken once in 16 tokens, or at
-the first call behind a crop. Of the 6.2 GB of weights that a step reads that is 0.1%, and 1.4% in steps behind a crop;
+the first call after a crop. Of the 6.2 GB of weights that a step reads that is 0.1%, and 1.4% in steps after a crop;
 on an H200 a token of `generate()` takes 0.8 to 1.5% longer.
 """
 
@@ -30,7 +30,7 @@ from ..layers.sequence_layout import PaddingLayout
 RECORDED_TOKENS = 128
 # Drafts of more tokens than fit make the recording grow; a call beyond this is taken for a prompt.
 LONGEST_DRAFT = 256
-# Tokens behind a checkpoint before the next one is worth its copy; a rollback steps through no more than these and
+# Tokens after a checkpoint before the next one is worth its copy; a rollback steps through no more than these and
 # those of the last call.
 _CHECKPOINT_SPACING = 16
 
@@ -80,7 +80,7 @@ class KDAStepWeights:
 
 @dataclass
 class _Checkpoint:
-    """Window and state in front of recorded token `offset`."""
+    """Window and state before recorded token `offset`."""
 
     offset: int
     window: torch.Tensor
@@ -94,7 +94,7 @@ class KDARecording:
         capacity: R, tokens that fit.
         length: tokens recorded since the oldest checkpoint, padding included: how many can be taken back.
         inputs: [B, R, 3 H K + H K + H], or None before the first recorded call.
-        valid: [B, R] bool, True behind `length`; or None before the first recorded call.
+        valid: [B, R] bool, True after `length`; or None before the first recorded call.
         has_holes: whether some recorded token may not be valid.
     """
 
@@ -125,8 +125,8 @@ class KDARecording:
         """Make room for `new_tokens` more, and take a checkpoint if one is due.
 
         Args:
-            window: [B, 3 H K, W - 1] in front of them.
-            state: [B, H, K, V] in front of them.
+            window: [B, 3 H K, W - 1] before them.
+            state: [B, H, K, V] before them.
             new_tokens: how many the next call brings.
         """
         if new_tokens > self.capacity:
@@ -163,7 +163,7 @@ class KDARecording:
     def replay(
         self, weights: KDAStepWeights, keep: int, row_keep: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(window, state) as they were behind the first `keep` recorded tokens, in new tensors.
+        """(window, state) as they were after the first `keep` recorded tokens, in new tensors.
 
         Args:
             weights: of the layer that recorded them.
@@ -188,7 +188,7 @@ class KDARecording:
         return window, state
 
     def truncate(self, keep: int, row_keep: torch.Tensor | None = None) -> None:
-        """Forget recorded tokens behind the first `keep`, and for each row those behind its `row_keep`."""
+        """Forget recorded tokens after the first `keep`, and for each row those after its `row_keep`."""
         lowest = keep
         if row_keep is not None:
             lowest, self.has_holes = int(row_keep.min()), True
@@ -215,8 +215,8 @@ class KDARecording:
         return sum(tensor.nbytes for tensor in tensors)
 
     def _take_checkpoint(self, window: torch.Tensor, state: torch.Tensor) -> None:
-        # Three are enough: the oldest; one from half of R behind it on, which becomes the oldest when the recording is
-        # full; and the newest, which keeps replays short and moves on until it is far enough behind the others to stay.
+        # Three are enough: the oldest; one from half of R after it on, which becomes the oldest when the recording is
+        # full; and the newest, which keeps replays short and moves on until it is far enough after the others to stay.
         offsets = [checkpoint.offset for checkpoint in self._checkpoints]
         if len(offsets) < 2 or offsets[-1] - offsets[-2] >= self.capacity // 2:
             self._checkpoints.append(_Checkpoint(self.length, _copied(window), _copied(state)))
@@ -262,7 +262,7 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _in_front_of(row_ends: torch.Tensor, length: int, device: torch.device) -> torch.Tensor:
-    """[B, length] bool, True in front of each row's end."""
+    """[B, length] bool, True before each row's end."""
     return torch.arange(length, device=device) < row_ends.to(device)[:, None]
 
 

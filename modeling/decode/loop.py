@@ -198,7 +198,7 @@ def _mask_for_all_steps(
 
 
 def _grown(mask: torch.Tensor, length: int) -> torch.Tensor:
-    """`mask` with at least `length` columns, those behind it True."""
+    """`mask` with at least `length` columns, those after it True."""
     if length <= mask.shape[1]:
         return mask
     return torch.nn.functional.pad(mask, (0, max(length - mask.shape[1], 256)), value=True)

@@ -6,7 +6,7 @@ from transformers.cache_utils import Cache
 
 from ..cache.kimi_linear_cache import KimiLinearCache
 
-# Positions behind a prompt that a cache makes room for at once, at the most: these or a 32nd of the prompt.
+# Positions after a prompt that a cache makes room for at once, at the most: these or a 32nd of the prompt.
 _ROOM_AHEAD = 1024
 
 

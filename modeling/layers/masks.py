@@ -57,7 +57,7 @@ def _without_mask(
 ) -> CausalOverCache | None:
     """What MLA layers can take instead of a mask, or None: it needs one sequence a row and a cache without spare rows.
 
-    Padding in front of or behind a row's tokens takes attention row by row, which pays where the mask would be large.
+    Padding before or after a row's tokens takes attention row by row, which pays where the mask would be large.
     """
     if packed or not CausalOverCache.fits(config, new_tokens):
         return None

@@ -23,7 +23,7 @@ from .norms import KimiRMSNorm
 _LATENT_NORM_EPS = 1e-6
 
 # Up to this many new tokens over a cache, attending in latent space beats expanding every cached row: expansion costs
-# 2 L r H (n + v) operations and the latent form 2 T L H (2 r + s) against 2 T L H (n + s + v) behind expansion; both
+# 2 L r H (n + v) operations and the latent form 2 T L H (2 r + s) against 2 T L H (n + s + v) after expansion; both
 # meet near T = 170 at the released shape, and the scores [B, H, T, L] in fp32 want T small at long L.
 _LATENT_FORM_TOKENS = 16
 

@@ -1,4 +1,4 @@
-"""RMS norms: the plain one of the residual stream and the gated one behind KDA."""
+"""RMS norms: the plain one of the residual stream and the gated one after KDA."""
 
 import torch
 from torch import nn

@@ -9,8 +9,8 @@ import torch
 class PaddingLayout:
     """How to move each row's valid tokens to its front, where a recurrent layer can stop after `lengths`.
 
-    A recurrence has no attention mask: a padding token in front of or between valid ones would enter the convolution
-    windows, and one behind them would decay the state. All fields have static shapes, so the layout compiles.
+    A recurrence has no attention mask: a padding token before or between valid ones would enter the convolution
+    windows, and one after them would decay the state. All fields have static shapes, so the layout compiles.
 
     Attributes:
         order: [B, T] int64, source position of each compacted token.

@@ -49,7 +49,7 @@ def greedy(model, ids, **options):
 @torch.no_grad()
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (2, 70), (1, 1000)])
 def test_logits(on_one, elsewhere, batch, length, monkeypatch):
-    """fp32 to 1e-5 of the norm, in one piece and in segments, behind a cache and in front of one."""
+    """fp32 to 1e-5 of the norm, in one piece and in segments, after a cache and before one."""
     monkeypatch.setattr(prompt_segments, "SEGMENT_TOKENS", 256)
     assert torch.cuda.current_device() == 0
     ids, caches = random_ids(batch, length + 3), [KimiLinearCache(model.config) for model in (on_one, elsewhere)]

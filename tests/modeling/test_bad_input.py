@@ -201,7 +201,7 @@ def test_fitting_caches_pass_the_checks(model, random_ids, make):
         model(ids[:, :5], past_key_values=cache)
         logits = model(ids[:, 5:], past_key_values=cache).logits
         expected = model(ids).logits[:, 5:]
-    # fp32 logits of order 1 behind some 1e3 roundings of 6e-8
+    # fp32 logits of order 1 after some 1e3 roundings of 6e-8
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 

@@ -4,11 +4,6 @@ Processes talk gloo on the CPU. All runs are fp32; sums over ranks come in anoth
 agree to some 1e-5 and gradients to 1e-5 of their norm.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import accelerate
 import pytest
 import torch
@@ -16,6 +11,7 @@ import transformers
 from tensor_files import assert_same_tensors, read_folder
 from tiny_checkpoints import TINY_CONFIGS
 from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
+from two_processes import run_on_two_processes
 
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
@@ -106,20 +102,6 @@ def test_an_offloaded_model_saves_the_released_tensors(offloaded, tiny_folder, t
 # Two processes, which find each other through a file: a port that was free may not be when it is used. Each body runs
 # on both ranks after PREAMBLE; an assertion that fails on one ends both.
 
-DONE = "all checks of this rank passed"
-
-PREAMBLE = """
-import os, sys, torch, torch.distributed as dist
-from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
-folder, scratch = sys.argv[1:]
-rank = int(os.environ["RANK"])
-torch.set_num_threads(1)
-dist.init_process_group("gloo", store=dist.FileStore(scratch + "/ranks", 2), rank=rank, world_size=2)
-assert dist.get_world_size() == 2
-whole = KimiLinearForCausalLM.from_pretrained(folder).eval()
-ids = torch.randint(0, 120, (2, 20), generator=torch.Generator().manual_seed(0))
-"""
-
 PARALLEL_CHECKS = """
 with torch.no_grad():
     torch.testing.assert_close(model(ids).logits, whole(ids).logits, atol=1e-4, rtol=1e-4)
@@ -188,29 +170,6 @@ for each in (model, whole):
 for name, parameter in model.named_parameters():
     torch.testing.assert_close(parameter.full_tensor(), wanted[name].detach(), atol=1e-5, rtol=1e-5)
 """
-
-
-def run_on_two_processes(body: str, folder: Path, scratch: Path) -> None:
-    script = PREAMBLE + body + f"\ndist.barrier()\nprint({DONE!r}, flush=True)\ndist.destroy_process_group()\n"
-    common = {**os.environ, "WORLD_SIZE": "2"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(folder), str(scratch)],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=180)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    for rank, (process, output) in enumerate(zip(ranks, outputs)):
-        # The marker counts, not the exit code: gloo's threads now and then abort a process that is done.
-        assert f"\n{DONE}\n" in f"\n{output}", f"rank {rank}, exit code {process.returncode}:\n{output[-3000:]}"
 
 
 @pytest.mark.processes

@@ -195,6 +195,7 @@ SEAMS = [
     (transformers.PreTrainedModel, "_load_pretrained_model", "model state_dict checkpoint_files load_config"),
     (transformers.PreTrainedModel, "save_pretrained", "save_directory is_main_process state_dict"),
     (transformers.PreTrainedModel, "is_remote_code", ""),
+    (torch.nn.Module, "_apply", "fn recurse"),
     (transformers.PreTrainedModel, "_init_weights", "module"),
     (transformers.PreTrainedModel, "_can_set_experts_implementation", ""),
     (modeling_layers.GenericForSequenceClassification, "forward", f"input_ids {CACHE_NAME} labels"),

@@ -89,7 +89,7 @@ def test_projection_behind_gate_and_up(dtype, tokens, randn):
 def test_norm_in_front_of_several_tokens(dtype, randn):
     x, weight, y = randn(3, 40, dtype=dtype) * 3, randn(40, dtype=dtype), torch.full((3, 40), NAN, dtype=dtype)
     decode_norm(x, weight, 1e-5, y)
-    assert relative(y, normed(x, weight, 1e-5)) < bound(dtype, 2)  # before the weight and behind it
+    assert relative(y, normed(x, weight, 1e-5)) < bound(dtype, 2)  # before the weight and after it
 
 
 @pytest.mark.parametrize("front", [{"norm_weight": torch.ones(16)}, {"gated": True}])
@@ -220,7 +220,7 @@ def test_experts_of_several_tokens(dtype, tokens, shared, randn):
 def test_attention_over_latents(dtype, batch, tokens, past, splits, masked, randn):
     H, D, V, R, S = 4, 16, 24, 40, 8
     N, length = batch * tokens, past + tokens
-    rows = torch.full((batch, length + 5, R + S), NAN, dtype=dtype)  # behind the length there is nothing to read
+    rows = torch.full((batch, length + 5, R + S), NAN, dtype=dtype)  # after the length there is nothing to read
     rows[:, :past] = randn(batch, past, R + S, dtype=dtype)
     p = randn(N, H * (D + S) + R + S + 6, dtype=dtype)[:, : H * (D + S) + R + S]
     kv_b, norm = randn(H * (D + V), R, dtype=dtype), randn(R, dtype=dtype)

@@ -263,7 +263,7 @@ def test_grouped_experts(N, E, k):
         output = torch.einsum("ni,nhi->nh", hidden, down.double()[experts[:, slot]])
         want = want + weights.double()[:, slot, None] * output
     assert y.shape == want.shape
-    # Five roundings to bf16, one behind the other.
+    # Five roundings to bf16, one after the other.
     assert N == 0 or (y.double() - want).norm() / want.norm() < 5 * 2**-8
 
 

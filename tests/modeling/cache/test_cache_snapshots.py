@@ -30,7 +30,7 @@ def assert_same_bits(a: KimiLinearCache, b: KimiLinearCache) -> None:
 
 @torch.no_grad()
 def run(model, *parts: torch.Tensor, cache: KimiLinearCache | None = None) -> KimiLinearCache:
-    """`cache`, or a new one, behind the calls."""
+    """`cache`, or a new one, after the calls."""
     cache = KimiLinearCache(model.config) if cache is None else cache
     for part in parts:
         model(part, past_key_values=cache)

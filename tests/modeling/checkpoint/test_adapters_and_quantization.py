@@ -8,7 +8,7 @@ from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
 
 peft = pytest.importorskip("peft", reason="adapters need peft (in the dev extra)")
 
-# fp32 logits of order 1 to 10, each behind some 1e3 roundings of 6e-8; merging adds one rounding of each weight.
+# fp32 logits of order 1 to 10, each after some 1e3 roundings of 6e-8; merging adds one rounding of each weight.
 BOUND = {"atol": 1e-4, "rtol": 1e-4}
 
 TARGETS = {

@@ -6,8 +6,8 @@ order in which gloo sums two ranks doesn't change).
 
 import pytest
 import torch
-from test_sharding import run_on_two_processes
 from tiny_checkpoints import TINY_CONFIGS, write_checkpoint
+from two_processes import run_on_two_processes
 
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
 

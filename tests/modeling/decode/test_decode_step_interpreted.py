@@ -125,7 +125,7 @@ def test_a_text_longer_than_trained_for_is_warned_of(model, stepping, monkeypatc
 
 
 def test_stopping_rules_leave_the_cache_as_it_was(model, stepping):
-    """The step behind the last token runs before the host knows that it is the last: it must leave no trace."""
+    """The step after the last token runs before the host knows that it is the last: it must leave no trace."""
     text = layer_by_layer(model, lambda: greedy(model))[:, 9:]
     options = {"eos_token_id": [int(text[0, 1]), int(text[1, 3])], "return_dict_in_generate": True}
     expected = layer_by_layer(model, lambda: greedy(model, **options))
@@ -278,7 +278,7 @@ def test_steps_record_what_a_rollback_needs(model, stepping):
     for taken in (2, 4):
         cache = KimiLinearCache(model.config)
         model.model(PROMPT, attention_mask=MASK, past_key_values=cache)
-        cache.activate_past_recording()  # behind the prompt, which the layers have stepped through in PyTorch
+        cache.activate_past_recording()  # after the prompt, which the layers have stepped through in PyTorch
         for layer in cache.layers:
             if hasattr(layer, "weights"):  # "auto" on a GPU; here it has to be named for the replay
                 layer.weights = dataclasses.replace(layer.weights, backend="triton")

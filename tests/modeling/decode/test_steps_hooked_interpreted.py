@@ -354,7 +354,7 @@ def test_a_draft_of_the_default_assistant_goes_by_steps(stepping):
     expected = layer_by_layer(model, lambda: model(drafts, past_key_values=caches[1]).logits)
     assert close(model(drafts, past_key_values=caches[0]).logits, expected)
     assert stepping == [(1, 16), (1, 5)]
-    assert "16 new tokens of a sequence and 64 of all" in model.decode_path
+    assert "16 new tokens of a sequence and 512 of all" in model.decode_path
     for cache in caches:
         cache.crop(-20)
     assert same_cache(*caches)
@@ -380,7 +380,7 @@ def test_the_event_follows_the_copy_of_the_logits(stepping, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("Stream", (), {"cuda_stream": 5})())
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: notes.append("keep"))
     step.run(lambda logits: notes.append("copy"))
-    kept = len(step._buffers())
+    kept = len(step.plan.buffers())
     assert notes == ["keep"] * kept + ["replay", "copy", "record"] and kept > 10
     notes.clear()
     with pytest.raises(KeyboardInterrupt):

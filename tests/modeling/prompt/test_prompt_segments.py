@@ -78,7 +78,7 @@ def test_in_bf16_a_cut_prompt_is_as_near_to_fp32_as_a_whole_one(load_tiny, rando
 
 @torch.no_grad()
 def test_the_trained_checkpoint_in_segments(random_ids, monkeypatch):
-    """Trained weights: in fp32 the same tokens behind the prompt, in bf16 far nearer to each other than to fp32."""
+    """Trained weights: in fp32 the same tokens after the prompt, in bf16 far nearer to each other than to fp32."""
     folder = Path(__file__).parents[3] / "hub_card" / "small_checkpoint"
     ids = random_ids(1, 640)
     logits = {}
