@@ -15,6 +15,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32), "gfx942": GPUTarget("hip", "gfx942", 64),
 }  # fmt: skip
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+# Desktop GPUs take the choices of sm_80, with less shared memory.
+DESKTOP, DESKTOP_SHARED = GPUTarget("cuda", 120, 32), 99 << 10
 
 
 class _OfflineDriver:
@@ -100,3 +102,32 @@ def resources(kernel, backend):
         command = [str(tool), "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
+
+
+def unset_uniform_registers(kernel):
+    """
+    Reads of uniform registers that no instruction before them in the code has set: (address, instruction, register).
+
+    Descriptors of Hopper's matrix products are in such registers. ptxas 12.8 forgot to set one, and the product read
+    outside of shared memory; nothing else shows that without a GPU. For sm_80 and sm_90, whose code it reads.
+    """
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run([str(tool), "-c", file.name], capture_output=True, text=True, check=True).stdout
+    is_set, found = set(), []
+    for address, name, operands in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ +)?([A-Z]\S*) +(.*?);", text):
+        uniform, target = re.match(r"U|R2UR|S2UR|VOTEU|REDUX", name), None
+        if uniform:  # it writes the first operand that is not a predicate
+            match = re.match(r"(?:!?U?P[T0-9]+, *)*UR(\d+)(.*)", operands)
+            if match is not None:
+                target, operands = int(match[1]), match[2]
+        for kind, number in re.findall(r"(gdesc|desc|)\[?UR(\d+)", operands):
+            n = int(number)
+            pair = kind == "desc" or (uniform and ".64" in name)
+            read = {n + 2, n + 3} if kind == "gdesc" else {n, n + 1} if pair else {n}
+            found += [(address, name, f"UR{r}") for r in sorted(read - is_set) if r < 63]
+        if target is not None:
+            is_set |= {target, target + 1} if ".64" in name or ".WIDE" in name else {target}
+    return found

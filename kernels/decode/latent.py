@@ -169,11 +169,12 @@ def decode_latent_attention(
     decode_attend(
         q, table, past, partial, partial_lse, tokens=tokens, scale=scale, config=config, upcast=upcast, pdl=pdl
     )
-    decode_join_kernel[(M, H, triton.cdiv(R, 32))](
-        partial, partial_lse, past,
-        T=tokens, H=H, R=R, SPLITS=splits, BP=padded(splits), BR=32, BL=config.BL, PDL=pdl,
-        num_warps=4, **overlap_options(pdl),
-    )  # fmt: skip
+    if splits > 1:  # one split is whole already
+        decode_join_kernel[(M, H, triton.cdiv(R, 32))](
+            partial, partial_lse, past,
+            T=tokens, H=H, R=R, SPLITS=splits, BP=padded(splits), BR=32, BL=config.BL, PDL=pdl,
+            num_warps=4, **overlap_options(pdl),
+        )  # fmt: skip
     if many:
         latent = q[:, :, :R].copy_(partial[:, 0])  # the queries are done with; rounded, as the layers round it
         library_values(latent, kv_b, o)

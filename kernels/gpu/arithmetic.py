@@ -1,4 +1,4 @@
-"""Device functions that several kernels share: the logistic function, and a matrix product in a stated precision."""
+"""Device functions that several kernels share: the logistic function, and matrix products in a stated precision."""
 
 try:
     import triton
@@ -27,3 +27,17 @@ def kda_dot(b_x, b_y, b_acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr, UPCAS
         b_x = b_x.to(tl.float32)
         b_y = b_y.to(tl.float32)
     return tl.dot(b_x, b_y, acc=b_acc, input_precision=PRECISION)
+
+
+@triton.jit
+def kda_operand(b_x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """
+    `b_x` as a product with operands of DTYPE and PRECISION sees it.
+
+    What is multiplied both in a product and outside of it goes through here first: sums that cancel between the two
+    then cancel to fp32.
+    """
+    if tl.float32 == DTYPE and PRECISION == "tf32":
+        b_bits = b_x.to(tl.int32, bitcast=True)
+        return ((b_bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return b_x.to(DTYPE)

@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 from ..gpu.sizes import padded
 
+# Tokens of a chunk.
+CHUNK = 32
+
 
 class KdaIntraConfig(NamedTuple):
     """
@@ -34,6 +37,31 @@ class KdaInterConfig(NamedTuple):
     precision: str
 
 
+class KdaPairsConfig(NamedTuple):
+    """Stage 3 of the backward. BV: value channels at a time, BKW: wild channels at a time, the rest as below."""
+
+    BV: int
+    BKW: int
+    num_warps: int
+    num_stages: int
+    precision: str
+    maxnreg: int | None = None
+
+
+class KdaRestConfig(NamedTuple):
+    """
+    Stage 4 of the backward. BK: key channels of a program, BV: value channels at a time, num_stages: blocks of value
+    channels in flight, precision: of products of fp32 tiles, maxnreg: registers a thread may take, None for no bound.
+    """
+
+    BK: int
+    BV: int
+    num_warps: int
+    num_stages: int
+    precision: str
+    maxnreg: int | None = None
+
+
 class KdaStepConfig(NamedTuple):
     """Decode step. BK, BV: padded K and V, maxnreg: registers a thread may take, None for no bound."""
 
@@ -52,7 +80,7 @@ def intra_config(gpu: str, K: int, dtype: str) -> KdaIntraConfig:
     """Stage 1 for head size K and inputs of `dtype` ("float32", "float16", "bfloat16")."""
     # Short chunks and two warps at heads of 128 in bf16, so that a thread holds 64 values of a tile: with fewer of them
     # more of the scans and sums cross warps, with more the registers don't suffice.
-    BK, size, C = padded(K), 4 if dtype == "float32" else 2, 32
+    BK, size, C = padded(K), 4 if dtype == "float32" else 2, CHUNK
     num_warps = max(1, BK * (2 if dtype == "bfloat16" else 4) // 128)
     loaded = num_warps * 32 * 16 // (BK * size)  # rows: 16 bytes a thread
     return KdaIntraConfig(C, min(C, loaded), 16, num_warps, _precision(gpu, dtype))
@@ -65,6 +93,31 @@ def inter_config(gpu: str, K: int, V: int, dtype: str) -> KdaInterConfig:
     BV = min(padded(V), 16 if wide and BK > 64 else 32 if wide or BK > 128 or gpu == "sm_80" else 64)
     stages = 1 if gpu == "gfx942" else 2 if wide or BK > 128 or gpu == "sm_80" else 3
     return KdaInterConfig(BV, 4, stages, _precision(gpu, dtype))
+
+
+def scan_config(gpu: str, K: int, V: int, dtype: str) -> KdaInterConfig:
+    """Stage 2 of the backward, whose two halves each take what the forward's stage 2 takes, and more in flight."""
+    config = inter_config(gpu, K, V, dtype)
+    return config._replace(num_stages=4) if config.num_stages == 3 else config
+
+
+def pairs_config(gpu: str, V: int, dtype: str) -> KdaPairsConfig:
+    """Stage 3 of the backward."""
+    BV = min(padded(V), 128 if dtype == "bfloat16" else 32)
+    return KdaPairsConfig(BV, 16, 2, 1 if gpu == "gfx942" else 2, _precision(gpu, dtype))
+
+
+def rest_config(gpu: str, K: int, V: int, dtype: str) -> KdaRestConfig:
+    """Stage 4 of the backward."""
+    wide = dtype != "bfloat16"
+    if gpu == "sm_90" and not wide:
+        # All 128 channels in 8 warps, or 32 in 4. With 64 in 4 warps ptxas 12.8 (Triton 3.6) forgets to set a
+        # descriptor of the products and reads outside of shared memory (seen on an H100; kda_backward_notes.md).
+        whole = padded(K) >= 128
+        BK = 128 if whole else min(padded(K), 32)
+        return KdaRestConfig(BK, min(padded(V), 64), 8 if whole else 4, 2, _precision(gpu, dtype), None)
+    BK, BV = min(padded(K), 64), min(padded(V), 32 if wide else 64)
+    return KdaRestConfig(BK, BV, 4, 1 if gpu == "gfx942" else 2, _precision(gpu, dtype), None)
 
 
 def step_config(K: int, V: int) -> KdaStepConfig:

@@ -22,16 +22,15 @@ def _fla_ops() -> tuple[Any, Any] | None:
     return chunk_kda, fused_recurrent_kda
 
 
-def resolve_kda_backend(backend: str, x: torch.Tensor, head_dim: int, needs_grad: bool) -> str:
+def resolve_kda_backend(backend: str, x: torch.Tensor, head_dim: int) -> str:
     """The backend that serves an input like `x`: "triton", "fla" or "torch".
 
     Args:
-        backend: "auto" or a backend by name. "auto" is Triton on an NVIDIA GPU (sm_80 and later) where no gradient is
-            wanted; else fla on a GPU (our kernels have no backward yet); and PyTorch for everything else: other
-            devices, float64 or wide heads, missing packages, and training inside torch.compile, which can't trace fla.
+        backend: "auto" or a backend by name. "auto" is Triton on an NVIDIA GPU (sm_80 and later), for inference and for
+            training; else fla on a GPU; and PyTorch for everything else: other devices, float64 or wide heads, missing
+            packages, and compiled graphs, which can't trace fla.
         x: q, [B, T, H, K].
         head_dim: the larger of K and V.
-        needs_grad: whether autograd will ask for gradients.
 
     Raises:
         ValueError: for an unknown backend, or one that cannot serve `x`; the message says what would.
@@ -40,13 +39,11 @@ def resolve_kda_backend(backend: str, x: torch.Tensor, head_dim: int, needs_grad
     fits_triton = is_available() and head_dim <= MAX_HEAD_DIM and x.dtype != torch.float64
     compiling = torch.compiler.is_compiling()  # nothing can be asked of the device or of fla then
     if backend == "auto":
-        if on_gpu and fits_triton and not needs_grad and (compiling or is_first_choice(x.device)):
+        if on_gpu and fits_triton and (compiling or is_first_choice(x.device)):
             return "triton"
         return "fla" if on_gpu and not compiling and _fla_ops() is not None else "torch"
     if backend not in ("triton", "fla", "torch"):
         raise ValueError(f"kda_backend={backend!r} must be one of 'auto', 'triton', 'fla', 'torch'")
-    if backend == "triton" and needs_grad:
-        raise ValueError("kda_backend='triton' has no backward yet; train with 'auto', 'fla' or 'torch'")
     if backend == "triton" and not (fits_triton and serves(x.device)):
         raise ValueError(
             f"kda_backend='triton' needs Triton, a GPU, bf16, fp16 or fp32, and heads of at most {MAX_HEAD_DIM}; "
@@ -92,7 +89,7 @@ def kda(
     """
     inputs = (q, k, v, g, beta, A_log, dt_bias, *(() if initial_state is None else (initial_state,)))
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    chosen = resolve_kda_backend(backend, q, max(q.shape[-1], v.shape[-1]), needs_grad)
+    chosen = resolve_kda_backend(backend, q, max(q.shape[-1], v.shape[-1]))
     if chosen == "fla":
         return _fla_kda(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, output_final_state, needs_grad)
     if chosen == "triton":
@@ -141,7 +138,8 @@ def step_kda(
     Args:
         q, k, v, f, beta, gate, conv_weights, window, A_log, dt_bias, norm_weight, norm_eps, state, lengths: as
             `kda_step_torch` takes them.
-        backend: see `resolve_kda_backend`; where that says "fla", whose kernels don't promise this, PyTorch serves.
+        backend: see `resolve_kda_backend`. PyTorch serves where that says "fla", whose kernels don't promise this, and
+            where a gradient is wanted, which the step's kernel doesn't have.
 
     Returns:
         y [B, T, H, V] (of no use without `gate`), the window and the state: with Triton the tensors that were given,
@@ -150,9 +148,9 @@ def step_kda(
     leaves = (q, k, v, f, beta, *conv_weights, window, A_log, dt_bias, norm_weight, state)
     leaves = leaves if gate is None else (*leaves, gate)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
-    chosen = resolve_kda_backend(backend, q, max(state.shape[-2:]), needs_grad)
+    chosen = resolve_kda_backend(backend, q, max(state.shape[-2:]))
     shared = {"A_log": A_log, "dt_bias": dt_bias, "norm_weight": norm_weight, "norm_eps": norm_eps, "lengths": lengths}
-    if chosen != "triton":
+    if chosen != "triton" or needs_grad:
         return kda_step_torch(q, k, v, f, beta, gate, conv_weights=conv_weights, window=window, state=state, **shared)
     # The kernel wants each of the three windows dense, which the thirds of one tensor are for a single row only.
     thirds = window.chunk(3, dim=1)

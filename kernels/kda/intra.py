@@ -23,7 +23,7 @@ import torch
 
 from ..gpu.arithmetic import kda_dot
 from ..gpu.launching import launch, launch_options
-from ..gpu.sizes import alignment
+from ..gpu.sizes import alignment, padded
 from .configs import KdaIntraConfig
 from .index import kda_chunk_place
 from .tiles import SPAN, kda_tiles
@@ -137,6 +137,19 @@ def kda_intra_fwd_kernel(
     b_beta = tl.load(rows + 3 * C + o_c)
     b_M = kda_invert(b_L * b_beta[:, None], o_c, NS, INVERSE_DTYPE, PRECISION) * b_beta[None, :]
     tl.store(M + o_cc, b_M.to(DTYPE))
+
+
+def intra_tiles(q: torch.Tensor, NC: int, C: int) -> tuple[torch.Tensor, ...]:
+    """What passes between the stages for NC chunks: xq, xk, xg, decay, A, M; and stage 1's scratch: channels, rows."""
+    H, BK = q.shape[2], padded(q.shape[3])
+    # fp16 lacks the exponents that the factors need.
+    dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+    xq, xk, xg = (torch.empty(NC, H, C, BK, dtype=dtype, device=q.device) for _ in range(3))
+    A, M = (torch.empty(NC, H, C, C, dtype=dtype, device=q.device) for _ in range(2))
+    decay = torch.empty(NC, H, BK, dtype=torch.float32, device=q.device)
+    channels = torch.empty(NC, H, BK, dtype=torch.int16, device=q.device)
+    rows = torch.empty(NC, H, 4, C, dtype=torch.float32, device=q.device)
+    return xq, xk, xg, decay, A, M, channels, rows
 
 
 def kda_intra_fwd(

@@ -11,27 +11,27 @@ safe: no exponent is above 120, however strong the gate, and every exponent appl
 counts for at least 2^-48, and for at least 2^-30 inside the products of a chunk's wild channels; what a chunk leaves of
 the state before it counts as nothing below 2^-126.
 
-The ops are torch custom operators with fake implementations, so that compiled graphs pass through them. There is no
-backward yet: differentiating through them raises.
+The ops are torch custom operators with fake implementations, so that compiled graphs pass through them. `chunk_kda` is
+differentiable once (backward); the decode step is not, and differentiating through it raises.
 """
 
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..gpu.availability import interpreted, is_available, serves
-from ..gpu.classes import gpu_class
+from ..gpu.classes import gpu_of
 from ..gpu.compile_threads import compile_side_by_side
 from ..gpu.launching import launching_on
 from ..gpu.operator_names import operator_namespace
-from ..gpu.sizes import padded
+from .backward import differentiate, segment_count, segment_length
 from .checks import check_cu_seqlens, check_kda_inputs
 from .configs import inter_config, intra_config, step_config
 from .index import kda_index_fwd
 from .inter import kda_inter_fwd
-from .intra import kda_intra_fwd
+from .intra import intra_tiles, kda_intra_fwd
 from .step import kda_step_fwd
 from .streams import Lanes, runs_beside, segments
 
@@ -41,13 +41,6 @@ _CHECKED = WeakTensorKeyDictionary()
 
 # Widest head the kernels take: a program holds a head's keys, and in the decode step its whole state, in registers.
 MAX_HEAD_DIM = 256
-
-
-@lru_cache(maxsize=16)
-def _gpu(device: torch.device) -> str:
-    if device.type != "cuda":
-        return "sm_90"
-    return gpu_class(torch.cuda.get_device_capability(device), torch.version.hip is not None)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::chunk_kda_fwd", mutates_args=())
@@ -62,16 +55,20 @@ def _chunk_kda_fwd(
     scale: float,
     initial_state: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    training: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Outputs, final states and, for `training`, the states before all segments of the backward but the first."""
     (B, T, H, K), V, device = q.shape, v.shape[-1], q.device
     N = B if cu_seqlens is None else cu_seqlens.numel() - 1
     o = torch.empty(B, T, H, V, dtype=v.dtype, device=device)
+    kept = segment_count(B, T, cu_seqlens is not None) - 1 if training else 0
     state = torch.empty(N, H, K, V, dtype=torch.float32, device=device)
+    segment_states = torch.empty(kept, N, H, K, V, dtype=torch.float32, device=device)
     if N * H == 0:
-        return o, state
+        return o, state, segment_states
     dtype = str(q.dtype).removeprefix("torch.")
-    intra = intra_config(_gpu(device), K, dtype)
-    inter = inter_config(_gpu(device), K, V, dtype)
+    intra = intra_config(gpu_of(device), K, dtype)
+    inter = inter_config(gpu_of(device), K, V, dtype)
     C, upcast = intra.C, interpreted() and q.dtype == torch.bfloat16
 
     # A segment: first token of each row, chunks of each row, its first entry in the tiles, index of a pack, tiles. Of a
@@ -79,12 +76,14 @@ def _chunk_kda_fwd(
     def first_stage(*segment: Any, compile_only: bool = False) -> None:
         kda_intra_fwd(q, k, g, beta, A_log, dt_bias, scale, *segment, intra, upcast, compile_only)
 
-    def second_stage(state_in: torch.Tensor | None, *segment: Any, compile_only: bool = False) -> None:
-        kda_inter_fwd(v, o, state_in, state, *segment, inter, upcast, compile_only)
+    def second_stage(
+        state_in: torch.Tensor | None, state_out: torch.Tensor, *segment: Any, compile_only: bool = False
+    ) -> None:
+        kda_inter_fwd(v, o, state_in, state_out, *segment, inter, upcast, compile_only)
 
     def compile_for(*segment: Any) -> None:
         kind = (device, H, K, V, q.dtype, g.dtype, beta.dtype, v.dtype, A_log.dtype, dt_bias.dtype, cu_seqlens is None)
-        stages = partial(first_stage, *segment), partial(second_stage, initial_state, *segment)
+        stages = partial(first_stage, *segment), partial(second_stage, initial_state, state, *segment)
         compile_side_by_side(kind, device, *(partial(stage, compile_only=True) for stage in stages))
 
     with launching_on(device):
@@ -94,17 +93,19 @@ def _chunk_kda_fwd(
             index = (cu_seqlens, *kda_index_fwd(cu_seqlens, T, C))
             chunks = index[-1].numel()
             length = min(chunks, segments(1, T, C, beside=False)[0] // C)  # of a segment, whose tiles the next reuses
-            tiles = _tiles(q, length, C)
+            tiles = intra_tiles(q, length, C)
             compile_for(0, length, 0, index, tiles)
             for begin in range(0, max(chunks, 1), max(length, 1)):
                 segment = (begin, min(length, chunks - begin), 0, index, tiles)
                 if length > 0:
                     first_stage(*segment)
-                second_stage(initial_state, *segment)
-            return o, state
+                second_stage(initial_state, state, *segment)
+            return o, state, segment_states
         beside = runs_beside(device, N * H * -(-V // inter.BV), B * T)
         length, slots = segments(B, T, C, beside)
-        tiles = _tiles(q, min(slots, -(-T // length)) * B * -(-min(length, T) // C), C)
+        if kept > 0:
+            length = segment_length(B)
+        tiles = intra_tiles(q, min(slots, -(-T // length)) * B * -(-min(length, T) // C), C)
         compile_for(0, 0, 0, None, tiles)
         state_in = initial_state
         with Lanes(device, beside, slots) as lanes:
@@ -114,30 +115,23 @@ def _chunk_kda_fwd(
                 if NT > 0:
                     lanes.wait_for(slot)
                     first_stage(*segment)
+                state_out = segment_states[i] if i < kept else state
                 with lanes.second(slot):
-                    second_stage(state_in, *segment)
-                state_in = state
-    return o, state
+                    second_stage(state_in, state_out, *segment)
+                state_in = state_out
+    return o, state, segment_states
 
 
 @_chunk_kda_fwd.register_fake
-def _(q, k, v, g, beta, A_log, dt_bias, scale, initial_state, cu_seqlens):
-    B, T, H, K = q.shape
+def _(q, k, v, g, beta, A_log, dt_bias, scale, initial_state, cu_seqlens, training):
+    (B, T, H, K), V = q.shape, v.shape[-1]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return v.new_empty(B, T, H, v.shape[-1]), v.new_empty(N, H, K, v.shape[-1], dtype=torch.float32)
+    kept = segment_count(B, T, cu_seqlens is not None) - 1 if training else 0
+    state = v.new_empty(N, H, K, V, dtype=torch.float32)
+    return v.new_empty(B, T, H, V), state, v.new_empty(kept, N, H, K, V, dtype=torch.float32)
 
 
-def _tiles(q: torch.Tensor, NC: int, C: int) -> tuple[torch.Tensor, ...]:
-    """What passes between the stages for NC chunks: xq, xk, xg, decay, A, M; and stage 1's scratch: channels, rows."""
-    H, BK = q.shape[2], padded(q.shape[3])
-    # fp16 lacks the exponents that the factors need.
-    dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
-    xq, xk, xg = (torch.empty(NC, H, C, BK, dtype=dtype, device=q.device) for _ in range(3))
-    A, M = (torch.empty(NC, H, C, C, dtype=dtype, device=q.device) for _ in range(2))
-    decay = torch.empty(NC, H, BK, dtype=torch.float32, device=q.device)
-    channels = torch.empty(NC, H, BK, dtype=torch.int16, device=q.device)
-    rows = torch.empty(NC, H, 4, C, dtype=torch.float32, device=q.device)
-    return xq, xk, xg, decay, A, M, channels, rows
+differentiate(_chunk_kda_fwd)
 
 
 def chunk_kda(
@@ -155,7 +149,8 @@ def chunk_kda(
     output_final_state: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    Kimi Delta Attention over a prompt, from raw projections (the equations are at the top of this module).
+    Kimi Delta Attention over a prompt, from raw projections (the equations are at the top of this module);
+    differentiable once in all of q, k, v, g, beta, A_log, dt_bias and initial_state.
 
     Args:
         q, k: [B, T, H, K], behind their convolutions, not normalised; any strides, T >= 0.
@@ -189,8 +184,9 @@ def chunk_kda(
     if initial_state is not None:
         initial_state = initial_state.float().contiguous()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    A_log, dt_bias = A_log.reshape(-1), dt_bias.reshape(-1)
-    o, state = _chunk_kda_fwd(q, k, v, g, beta, A_log, dt_bias, scale, initial_state, cu_seqlens)
+    inputs = q, k, v, g, beta, A_log.reshape(-1), dt_bias.reshape(-1)
+    training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, initial_state))
+    o, state, _ = _chunk_kda_fwd(*inputs, scale, initial_state, cu_seqlens, training)
     return o, state if output_final_state else None
 
 

@@ -5,7 +5,7 @@ With G_i the cumulative log2 decay from the chunk's start to token i (inclusive)
 after l2norm, stage 1 writes for stage 2
 
     xq_i = scale q_i exp2(G_i)          xk_i = -k_i exp2(G_i)           xg_i = k_i exp2(G_C - G_i)           [C, K]
-    decay = exp2(G_C)                                                                                        [K], fp32
+    decay = exp2(G_C), -0 for wild channels (below)                                                          [K], fp32
 
 and keeps for the products inside the chunk the same factors about another reference h = G_C / 2,
 
@@ -100,7 +100,9 @@ def kda_tiles(
         b_up = tl.reshape(b_up, [C, BK])
         b_down = tl.where(m_wild, b_total, 0.0)[None, :] - b_up
     b_e = tl.exp2(b_h)[None, :]
-    tl.store(decay + o_k, tl.exp2(b_total))
+    # 2^-SPAN and less is 0 in fp32: the sign of this 0 tells the backward which channels are wild.
+    b_decay = tl.exp2(b_total).to(tl.int32, bitcast=True)
+    tl.store(decay + o_k, tl.where(m_wild, -2147483648, b_decay).to(tl.float32, bitcast=True))
     b_wild = m_wild.to(tl.int32)
     tl.store(channels + tl.cumsum(b_wild, axis=0) - 1, o_k.to(tl.int16), mask=m_wild)
 

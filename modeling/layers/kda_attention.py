@@ -108,7 +108,7 @@ class KimiDeltaAttention(Noticing):
         is_short = layer.state is not None and hidden_states.shape[1] <= _STEPPED_TOKENS
         if not is_short or not self._weights_can_be_read(hidden_states):
             return False
-        return resolve_kda_backend(self.backend, hidden_states, self.head_dim, needs_grad=False) != "fla"
+        return resolve_kda_backend(self.backend, hidden_states, self.head_dim) != "fla"
 
     def _forward_recorded(
         self, hidden_states: torch.Tensor, past_key_values: Cache, padding: PaddingLayout | None

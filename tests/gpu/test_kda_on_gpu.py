@@ -1,8 +1,9 @@
-"""The Triton KDA forward on a CUDA device: what the interpreter and offline compiles cannot show. `pytest -m gpu`."""
+"""Triton KDA, forward and backward, on a CUDA device: what can't be shown without one. `pytest -m gpu`."""
 
 import pytest
 import torch
 
+from kimi_linear.kernels.kda import backward
 from kimi_linear.kernels.kda import operators as kda_operators
 from kimi_linear.kernels.kda.inter import kda_inter_fwd_kernel
 from kimi_linear.kernels.kda.intra import kda_intra_fwd_kernel
@@ -119,3 +120,57 @@ def test_compiled_whole():
     x = inputs(1, 200)
     compiled = torch.compile(lambda **x: chunk_kda(**x, output_final_state=True), fullgraph=True)
     assert all(torch.equal(a, b) for a, b in zip(compiled(**x), chunk_kda(**x, output_final_state=True)))
+
+
+def gradients(op, x, weights, state, **kwargs):
+    leaves = {name: t.detach().requires_grad_() for name, t in {**x, "initial_state": state}.items()}
+    o, final = op(**leaves, **kwargs)
+    found = torch.autograd.grad((o, final), list(leaves.values()), [w.to(t.dtype) for w, t in zip(weights, (o, final))])
+    return dict(zip(leaves, found))
+
+
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+@pytest.mark.parametrize("wild", [0.0, 0.05, 1.0])
+@pytest.mark.parametrize("cuts", [None, [0, 0, 1, 65, 65, 200, 300]])
+def test_gradients(cuts, wild, dtype):
+    """Against autograd of the float64 recurrence; twice the forward's bounds, as forward and backward both round."""
+    x = inputs(1, 300, dtype=dtype, wild=wild)
+    kwargs = {} if cuts is None else {"cu_seqlens": torch.tensor(cuts, dtype=torch.int32, device=DEVICE)}
+    rows = 1 if cuts is None else len(cuts) - 1
+    state, weight = (torch.randn(rows, 2, 128, 128, device=DEVICE) for _ in range(2))
+    weights = torch.randn_like(x["v"]), 0.1 * weight
+
+    def op(**x):
+        return chunk_kda(**x, output_final_state=True)
+
+    found, again = (gradients(op, x, weights, state, **kwargs) for _ in range(2))
+    double = {name: t.double() for name, t in x.items()}
+    exact = gradients(recurrent_kda_reference, double, [w.double() for w in weights], state.double(), **kwargs)
+    for name, wanted in exact.items():
+        assert torch.equal(found[name], again[name]), name
+        # Where every gate is far below its floor the exact gradient is nothing, and ours no more than rounding.
+        floor = 1e-9 * wanted.numel() ** 0.5
+        assert (found[name].double() - wanted).norm() <= 2 * BOUNDS[dtype] * wanted.norm() + floor, name
+
+
+def test_gradients_of_segments(monkeypatch):
+    x, state = inputs(2, 1000, wild=0.01), torch.randn(2, 2, 128, 128, device=DEVICE)
+    weights = torch.randn_like(x["v"]), torch.randn_like(state)
+
+    def op(**x):
+        return chunk_kda(**x, output_final_state=True)
+
+    whole = gradients(op, x, weights, state)
+    monkeypatch.setattr(backward, "SEGMENT_TOKENS", 512)
+    parts = gradients(op, x, weights, state)
+    for name in whole:
+        if name not in ("A_log", "dt_bias"):  # summed in another order
+            assert torch.equal(whole[name], parts[name]), name
+
+
+def test_gradients_compiled_whole():
+    x = {name: t.requires_grad_() for name, t in inputs(1, 200).items()}
+    compiled = torch.compile(lambda **x: chunk_kda(**x)[0].float().square().sum(), fullgraph=True)
+    eager = torch.autograd.grad(chunk_kda(**x)[0].float().square().sum(), list(x.values()))
+    for a, b in zip(eager, torch.autograd.grad(compiled(**x), list(x.values()))):
+        assert (a - b).float().norm() <= 2**-7 * a.float().norm()

@@ -12,15 +12,32 @@ import torch
 
 pytest.importorskip("triton")
 
-from offline_compile import SHARED_LIMIT, TARGETS, assembler_messages, compiling, resources
+from offline_compile import (
+    DESKTOP,
+    DESKTOP_SHARED,
+    SHARED_LIMIT,
+    TARGETS,
+    assembler_messages,
+    compiling,
+    resources,
+    unset_uniform_registers,
+)
 
 from kimi_linear.kernels.gpu.classes import CLASSES
+from kimi_linear.kernels.kda import backward_pairs, backward_rest, backward_scan
 from kimi_linear.kernels.kda import index as kda_index
 from kimi_linear.kernels.kda import inter as kda_inter
 from kimi_linear.kernels.kda import intra as kda_intra
-from kimi_linear.kernels.kda import operators as kda_operators
 from kimi_linear.kernels.kda import step as kda_step
-from kimi_linear.kernels.kda.configs import inter_config, intra_config, step_config
+from kimi_linear.kernels.kda.backward import _workspace
+from kimi_linear.kernels.kda.configs import (
+    inter_config,
+    intra_config,
+    pairs_config,
+    rest_config,
+    scan_config,
+    step_config,
+)
 
 # Bytes (AMD: registers). Seen from the assembler giving up: 7,376, with 32 registers; otherwise at most 1,104 in the
 # forward, and 5,696 in the decode step with heads of 256.
@@ -29,6 +46,32 @@ KERNELS = [
     kda_index.kda_index_fwd_kernel, kda_intra.kda_intra_fwd_kernel,
     kda_inter.kda_inter_fwd_kernel, kda_step.kda_step_fwd_kernel,
 ]  # fmt: skip
+BACKWARD_KERNELS = [
+    backward_scan.kda_scan_bwd_kernel, backward_pairs.kda_pairs_bwd_kernel, backward_rest.kda_rest_bwd_kernel,
+]  # fmt: skip
+
+
+def launch_backward(gpu, K, V, dtype, packed, B=1, T=128):
+    """One launch of every kernel that only the backward has, as its op launches them on class `gpu`."""
+    H, name = 2, str(dtype).removeprefix("torch.")
+    q, k, g = (torch.empty(B, T, H, K, dtype=dtype) for _ in range(3))
+    v, o, do = (torch.empty(B, T, H, V, dtype=dtype) for _ in range(3))
+    A_log, dt_bias, state = torch.empty(H), torch.empty(H * K), torch.empty(B, H, K, V)
+    C, scan, rest = intra_config(gpu, K, name).C, scan_config(gpu, K, V, name), rest_config(gpu, K, V, name)
+    NT = -(-T // C)
+    index = None
+    if packed:
+        index = tuple(torch.zeros(n, dtype=torch.int32) for n in (2, 1, NT))
+    tiles, borders = _workspace(q, V, B * NT, C)
+    gradients = [torch.empty(B, T, H, n, dtype=tiles[0].dtype) for n in (K, K, V, K)] + [torch.empty(B, T, H)]
+    sums = torch.empty(B * NT, H, 4), torch.empty(B * NT, H, K)
+    segment = (0, NT, 0, index, tiles)
+    for given in (None, state):
+        backward_scan.kda_scan_bwd(v, do, gradients[2], borders, given, given, state, *segment, scan, False)
+    gates = (q, k, v, g, A_log, dt_bias)
+    pairs = pairs_config(gpu, V, name)
+    backward_pairs.kda_pairs_bwd(*gates, o, do, gradients, 0.1, *segment, borders, pairs, False)
+    backward_rest.kda_rest_bwd(q, k, g, A_log, dt_bias, do, gradients, sums, 0, *segment, borders, rest, False)
 
 
 def launch_all(gpu, K, V, dtype, packed, B=1, T=128):
@@ -43,7 +86,7 @@ def launch_all(gpu, K, V, dtype, packed, B=1, T=128):
         cu_seqlens = torch.zeros(2, dtype=torch.int32)
         index = (cu_seqlens, *kda_index.kda_index_fwd(cu_seqlens, T, intra.C))
     NT = -(-T // intra.C)
-    tiles = kda_operators._tiles(q, B * NT, intra.C)
+    tiles = kda_intra.intra_tiles(q, B * NT, intra.C)
     kda_intra.kda_intra_fwd(q, k, g, beta, A_log, dt_bias, 0.1, 0, NT, 0, index, tiles, intra, False)
     inter = inter_config(gpu, K, V, name)
     for initial in (None, state):
@@ -67,41 +110,70 @@ CASES = [  # K, V, dtype, packed
 ]
 
 
+def check(compiled, target, shared_limit, kernels):
+    """All `kernels` were compiled, and each can be launched on `target`."""
+    assert {name for name, _ in compiled} >= {kernel.__name__ for kernel in kernels}
+    for name, kernel in compiled:
+        registers, spilled = resources(kernel, target.backend)
+        shared = kernel.metadata.shared
+        print(f"{target.arch!s:7} {name:22} registers {registers:3} spilled {spilled:5} shared {shared:6}")
+        assert registers >= 16, (name, registers)  # 4: nothing but a trap
+        assert spilled <= SPILL_LIMIT.get(name, 2 << 10), (name, spilled)
+        assert shared <= shared_limit, (name, shared)
+        if target.arch in (80, 90):
+            assert not unset_uniform_registers(kernel), name
+
+
 @pytest.mark.parametrize(
     ("gpu", "K", "V", "dtype", "packed"),
     [(gpu, *case) for gpu in CLASSES for case in CASES] + [("sm_90", 128, 128, torch.bfloat16, True)],
 )
 def test_compiles_and_fits(gpu, K, V, dtype, packed, monkeypatch):
-    target = TARGETS[gpu]
-    with compiling(KERNELS, target, monkeypatch) as compiled:
+    with compiling(KERNELS, TARGETS[gpu], monkeypatch) as compiled:
         launch_all(gpu, K, V, dtype, packed)
-    assert {name for name, _ in compiled} >= {kernel.__name__ for kernel in KERNELS[not packed :]}
-    for name, kernel in compiled:
-        registers, spilled = resources(kernel, target.backend)
-        shared = kernel.metadata.shared
-        print(f"{gpu:7} K {K:3} {dtype} {name:22} registers {registers:3} spilled {spilled:5} shared {shared:6}")
-        assert registers >= 16, (name, registers)  # 4: nothing but a trap
-        assert spilled <= SPILL_LIMIT.get(name, 2 << 10), (name, spilled)
-        # Desktop GPUs (sm_86, sm_89, sm_120) take the sm_80 choices and have 99 KiB.
-        limit = 99 << 10 if gpu == "sm_80" and dtype == torch.bfloat16 else SHARED_LIMIT[gpu]
-        assert shared <= limit, (name, shared)
+    desktop = gpu == "sm_80" and dtype == torch.bfloat16
+    check(compiled, TARGETS[gpu], DESKTOP_SHARED if desktop else SHARED_LIMIT[gpu], KERNELS[not packed :])
+
+
+@pytest.mark.parametrize(
+    ("gpu", "K", "V", "dtype", "packed"),
+    [
+        *((gpu, 128, 128, torch.bfloat16, False) for gpu in CLASSES),
+        ("sm_90", 128, 128, torch.float32, True),
+        ("sm_90", 256, 256, torch.bfloat16, False),
+        ("sm_80", 64, 64, torch.float16, True),
+    ],
+)
+def test_backward_compiles_and_fits(gpu, K, V, dtype, packed, monkeypatch):
+    with compiling(BACKWARD_KERNELS, TARGETS[gpu], monkeypatch) as compiled:
+        launch_backward(gpu, K, V, dtype, packed)
+    check(compiled, TARGETS[gpu], SHARED_LIMIT[gpu], BACKWARD_KERNELS)
+
+
+def test_backward_compiles_for_desktops(monkeypatch):
+    with compiling(BACKWARD_KERNELS, DESKTOP, monkeypatch) as compiled:
+        launch_backward("sm_80", 128, 128, torch.bfloat16, False)
+    check(compiled, DESKTOP, DESKTOP_SHARED, BACKWARD_KERNELS)
 
 
 def test_hopper_products_overlap(monkeypatch):
     """ptxas puts a wait behind every tensor-core instruction of a kernel that it can't see through, and says so."""
-    with compiling(KERNELS, TARGETS["sm_90"], monkeypatch) as compiled:
+    with compiling(KERNELS + BACKWARD_KERNELS, TARGETS["sm_90"], monkeypatch) as compiled:
         launch_all("sm_90", 128, 128, torch.bfloat16, False)
-    kernel = dict(compiled)["kda_inter_fwd_kernel"]
-    assert "wgmma" in kernel.asm["ptx"]
-    messages = assembler_messages(kernel, "sm_90a")
-    assert "Used" in messages and "serialized" not in messages, messages
+        launch_backward("sm_90", 128, 128, torch.bfloat16, False)
+    for name in ("kda_inter_fwd_kernel", "kda_scan_bwd_kernel", "kda_rest_bwd_kernel"):
+        kernel = dict(compiled)[name]
+        assert "wgmma" in kernel.asm["ptx"]
+        messages = assembler_messages(kernel, "sm_90a")
+        assert "Used" in messages and "serialized" not in messages, messages
 
 
 @pytest.mark.parametrize(("K", "V"), [(128, 128), (20, 40)])
 def test_lengths_and_batches_share_compiled_kernels(K, V, monkeypatch):
     """Lengths and batches that are multiples of 16, odd or 1, with a state or none: one version of each kernel."""
-    with compiling(KERNELS, TARGETS["sm_90"], monkeypatch) as compiled:
+    with compiling(KERNELS + BACKWARD_KERNELS, TARGETS["sm_90"], monkeypatch) as compiled:
         for B, T in ((1, 1), (1, 101), (2, 333), (3, 4096)):
             launch_all("sm_90", K, V, torch.bfloat16, False, B, T)
+            launch_backward("sm_90", K, V, torch.bfloat16, False, B, T)
     names = {kernel.hash: name for name, kernel in compiled}.values()
-    assert sorted(names) == sorted(kernel.__name__ for kernel in KERNELS[1:])
+    assert sorted(names) == sorted(kernel.__name__ for kernel in KERNELS[1:] + BACKWARD_KERNELS)

@@ -5,7 +5,7 @@ import torch
 
 from kimi_linear.kernels.gpu import availability as gpu_availability
 from kimi_linear.kernels.kda import dispatch as kda_dispatch
-from kimi_linear.kernels.kda.dispatch import kda, resolve_kda_backend
+from kimi_linear.kernels.kda.dispatch import resolve_kda_backend
 
 ON_CPU = torch.zeros(1, 1, 1, 16)
 
@@ -38,64 +38,51 @@ def fresh_choice():
 @pytest.mark.parametrize("fla", [False, True])
 def test_a_cpu_is_always_served_by_pytorch(monkeypatch, triton, fla):
     installed(monkeypatch, triton, fla)
-    assert resolve_kda_backend("auto", ON_CPU, 16, needs_grad=False) == "torch"
-    assert resolve_kda_backend("auto", ON_CPU, 16, needs_grad=True) == "torch"
+    assert resolve_kda_backend("auto", ON_CPU, 16) == "torch"
 
 
 @pytest.mark.parametrize(
-    ("triton", "fla", "needs_grad", "expected"),
-    [
-        (True, True, False, "triton"),
-        (True, False, False, "triton"),
-        (False, True, False, "fla"),
-        (False, False, False, "torch"),
-        (True, True, True, "fla"),
-        (True, False, True, "torch"),
-    ],
+    ("triton", "fla", "expected"),
+    [(True, True, "triton"), (True, False, "triton"), (False, True, "fla"), (False, False, "torch")],
 )
-def test_a_gpu_takes_triton_for_inference_and_fla_for_training(monkeypatch, triton, fla, needs_grad, expected):
+def test_a_gpu_takes_triton_then_fla_then_pytorch(monkeypatch, triton, fla, expected):
     installed(monkeypatch, triton, fla)
-    assert resolve_kda_backend("auto", OnGpu(), 128, needs_grad) == expected
+    assert resolve_kda_backend("auto", OnGpu(), 128) == expected
+
+
+def test_fla_by_name_goes_before_triton(monkeypatch):
+    installed(monkeypatch, triton=True, fla=True)
+    assert resolve_kda_backend("fla", OnGpu(), 128) == "fla"
 
 
 def test_what_the_kernels_cannot_take_goes_elsewhere(monkeypatch):
     installed(monkeypatch, triton=True)
-    assert resolve_kda_backend("auto", OnGpu(torch.float64), 128, needs_grad=False) == "torch"
-    assert resolve_kda_backend("auto", OnGpu(), 512, needs_grad=False) == "torch"
+    assert resolve_kda_backend("auto", OnGpu(torch.float64), 128) == "torch"
+    assert resolve_kda_backend("auto", OnGpu(), 512) == "torch"
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), "fla"), ((8, 0), "triton"), ((12, 0), "triton")])
 def test_older_gpus_are_left_to_fla(monkeypatch, capability, expected):
     installed(monkeypatch, triton=True, fla=True, capability=capability)
-    assert resolve_kda_backend("auto", OnGpu(), 128, needs_grad=False) == expected
+    assert resolve_kda_backend("auto", OnGpu(), 128) == expected
 
 
 def test_amd_gpus_are_left_to_fla(monkeypatch):
     installed(monkeypatch, triton=True, fla=True)
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert resolve_kda_backend("auto", OnGpu(), 128, needs_grad=False) == "fla"
+    assert resolve_kda_backend("auto", OnGpu(), 128) == "fla"
 
 
 @pytest.mark.parametrize(
-    ("backend", "x", "needs_grad", "message"),
+    ("backend", "x", "message"),
     [
-        ("cuda", ON_CPU, False, "'cuda' must be one of"),
-        ("triton", ON_CPU, False, "needs Triton, a GPU.*got device cpu"),
-        ("triton", OnGpu(), True, "no backward yet"),
-        ("fla", ON_CPU, False, "tensors on a GPU, got device cpu"),
-        ("fla", OnGpu(), False, "needs flash-linear-attention"),
+        ("cuda", ON_CPU, "'cuda' must be one of"),
+        ("triton", ON_CPU, "needs Triton, a GPU.*got device cpu"),
+        ("fla", ON_CPU, "tensors on a GPU, got device cpu"),
+        ("fla", OnGpu(), "needs flash-linear-attention"),
     ],
 )
-def test_a_backend_by_name_that_cannot_serve_is_refused(monkeypatch, backend, x, needs_grad, message):
+def test_a_backend_by_name_that_cannot_serve_is_refused(monkeypatch, backend, x, message):
     installed(monkeypatch, triton=True)
     with pytest.raises(ValueError, match=message):
-        resolve_kda_backend(backend, x, 16, needs_grad)
-
-
-def test_gradients_wanted_of_the_state_alone_count(monkeypatch):
-    installed(monkeypatch, triton=True)
-    inputs = [torch.randn(1, 3, 2, 16) for _ in range(4)] + [torch.randn(1, 3, 2)]
-    gates = {"A_log": torch.zeros(2), "dt_bias": torch.zeros(32)}
-    state = torch.zeros(1, 2, 16, 16, requires_grad=True)
-    with pytest.raises(ValueError, match="no backward yet"):
-        kda(*inputs, **gates, initial_state=state, backend="triton")
+        resolve_kda_backend(backend, x, 16)

@@ -212,11 +212,3 @@ def test_steps_equal_one_call():
     assert torch.equal(y, torch.cat(parts, 1))
     assert torch.equal(once["state"], stepwise["state"])
     assert all(torch.equal(a, b) for a, b in zip(once["windows"], stepwise["windows"]))
-
-
-def test_a_gradient_is_refused_not_wrong():
-    x = make(1, 5, 1, 16, 16, GATES[0])
-    x["v"].requires_grad_()
-    o, _ = chunk_kda(**x)
-    with pytest.raises(RuntimeError, match=r"backward|autograd"):
-        o.sum().backward()

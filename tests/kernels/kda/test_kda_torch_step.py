@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kimi_linear.kernels.kda import dispatch
 from kimi_linear.kernels.kda.dispatch import step_kda
 from kimi_linear.kernels.kda.reference import recurrent_kda_reference
 from kimi_linear.kernels.kda.torch_step import kda_step_torch
@@ -124,5 +125,13 @@ def test_the_dispatch_takes_pytorch_where_triton_does_not_serve():
         assert torch.equal(a, b)
     assert torch.equal(x["state"], given[0]), "PyTorch must leave what it was given alone"
     assert torch.equal(x["window"], given[1])
-    with pytest.raises(ValueError, match="no backward"):
-        step_kda(**{**x, "state": x["state"].requires_grad_()}, lengths=None, backend="triton")
+
+
+def test_gradients_of_steps_are_pytorchs(monkeypatch):
+    """The step's kernel has none, so what "triton" serves goes to PyTorch where one is wanted."""
+    monkeypatch.setattr(dispatch, "resolve_kda_backend", lambda *args: "triton")
+    x = make(2, 3)
+    x["state"].requires_grad_()
+    y, _, _ = step_kda(**x, lengths=None, backend="triton")
+    y.sum().backward()
+    assert x["state"].grad.isfinite().all()
