@@ -36,6 +36,7 @@ from .mla_attention import KimiMLAAttention
 from .moe_kimi_linear import KimiExperts, KimiMLP, KimiSparseMoeBlock, KimiTopkRouter
 from .norms_kimi_linear import KimiRMSNorm
 from .prompt_segments import forward_in_segments, takes_segments
+from .quantisation_refusals import read_headers, refuse_unannounced, refuse_unreadable
 from .sequence_layout import PaddingLayout, cu_seqlens_of_restarts, position_ids_of_packed
 from .weight_conversion import conversions_for_loading, damaged_file_error, released_layout_conversions
 
@@ -146,10 +147,18 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
         """True. transformers would look for the decorator in the text of this file, but the experts have their own."""
         return True
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any):
+        """As transformers', but quantised files that would load wrong are refused before a weight is read."""
+        refuse_unreadable(pretrained_model_name_or_path, config, kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+
     @staticmethod
     def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, **kwargs: Any):
         mapping = conversions_for_loading(load_config.weight_mapping, load_config.hf_quantizer, model)
         load_config = dataclasses.replace(load_config, weight_mapping=mapping)
+        if load_config.hf_quantizer is None:
+            refuse_unannounced(read_headers(checkpoint_files), set())
         try:
             return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs)
         except SafetensorError as error:
