@@ -35,10 +35,13 @@ from .masks_kimi_linear import make_masks
 from .mla_attention import KimiMLAAttention
 from .moe_kimi_linear import KimiExperts, KimiMLP, KimiSparseMoeBlock, KimiTopkRouter
 from .norms_kimi_linear import KimiRMSNorm
+from .packed_dequantise import asking
+from .packed_loading import finish_packed, pack_modules, prepare_packed
+from .packed_modules import KimiPackedLinear
 from .prompt_segments import forward_in_segments, takes_segments
-from .quantisation_refusals import read_headers, refuse_unannounced, refuse_unreadable
+from .quantisation_refusals import refuse_unreadable
 from .sequence_layout import PaddingLayout, cu_seqlens_of_restarts, position_ids_of_packed
-from .weight_conversion import conversions_for_loading, damaged_file_error, released_layout_conversions
+from .weight_conversion import conversions_for_loading, conversions_for_saving, damaged_file_error
 
 logger = logging.get_logger(__name__)
 
@@ -119,11 +122,33 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
     def __init__(self, config: KimiLinearConfig, *args: Any, **kwargs: Any) -> None:
         config.check_consistency()  # fields may have been changed since the config was built
         super().__init__(config, *args, **kwargs)
-        # What save_pretrained undoes; a model that is loaded gets the same list from the loader.
-        self._weight_conversions = released_layout_conversions()
+
+    def post_init(self) -> None:
+        """As transformers', over packed modules where the config says that the checkpoint is quantised."""
+        pack_modules(self)
+        super().post_init()
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        pack_modules(self)  # again: transformers' FP8 quantizer replaces every module that is called `experts`
+        return super()._get_dtype_plan(dtype)
+
+    @property
+    def _weight_conversions(self) -> list[Any]:
+        """What save_pretrained undoes. Loaders set it; transformers deletes it when it dequantises a model."""
+        return conversions_for_saving(self, self.__dict__.get("_conversions_of_the_loader"))
+
+    @_weight_conversions.setter
+    def _weight_conversions(self, loaded: list[Any] | None) -> None:
+        self.__dict__["_conversions_of_the_loader"] = loaded
+
+    @_weight_conversions.deleter
+    def _weight_conversions(self) -> None:
+        self.__dict__.pop("_conversions_of_the_loader", None)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, KimiPackedLinear):
+            return  # zero until it is loaded, as are packed experts
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, KimiDeltaAttention):
@@ -151,18 +176,20 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any):
         """As transformers', but quantised files that would load wrong are refused before a weight is read."""
         refuse_unreadable(pretrained_model_name_or_path, config, kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        with asking(kwargs):
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
 
     @staticmethod
     def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, **kwargs: Any):
         mapping = conversions_for_loading(load_config.weight_mapping, load_config.hf_quantizer, model)
         load_config = dataclasses.replace(load_config, weight_mapping=mapping)
-        if load_config.hf_quantizer is None:
-            refuse_unannounced(read_headers(checkpoint_files), set())
+        prepare_packed(model, checkpoint_files, load_config)
         try:
-            return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs)
+            loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs)
         except SafetensorError as error:
             raise damaged_file_error(checkpoint_files, error) from error
+        finish_packed(model, load_config, loaded[0].missing_keys)
+        return loaded
 
     def update_correction_biases(self, rate: float = 1e-3) -> None:
         """Balance the experts of every MoE layer (arXiv 2408.15664); call it after each optimiser step.

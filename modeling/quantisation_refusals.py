@@ -79,6 +79,11 @@ def refuse_unreadable(name_or_path: Any, config: Any, options: dict[str, Any]) -
         if found is not None:
             refuse_method(found if isinstance(found, dict) else found.to_dict(), f"{name} of {name_or_path}")
     if fields.get("quantization_config") is None:
+        if given is not None and method_of(given if isinstance(given, dict) else given.to_dict()) in PACKED_METHODS:
+            raise ValueError(
+                f"quantization_config={type(given).__name__}: this package reads files quantised so, and "
+                f"{name_or_path} is not one; to quantise while loading give a bitsandbytes or torchao config"
+            )
         _refuse_side_files(name_or_path, options)
 
 

@@ -12,10 +12,15 @@ from safetensors import SafetensorError, safe_open
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
+from .packed_loading import PlainNames, experts_conversions, packed_modules, plain_names
 
-def released_layout_conversions() -> list[WeightConverter]:
-    """The conversions between the released layout and ours, for transformers' loader."""
-    experts = "block_sparse_moe.experts"
+
+def released_layout_conversions(experts: str = "block_sparse_moe.experts") -> list[WeightConverter]:
+    """The conversions between the released layout and ours, for transformers' loader.
+
+    Args:
+        experts: pattern of the experts' name.
+    """
     return [
         WeightConverter(
             source_patterns=[f"{experts}.*.w1.weight", f"{experts}.*.w3.weight"],
@@ -40,15 +45,37 @@ def conversions_for_loading(found: list[Any] | None, hf_quantizer: Any, model: A
     """
     native = {_patterns(entry) for entry in get_checkpoint_conversion_mapping("kimi_linear") or []}
     kept = [entry for entry in found or [] if _patterns(entry) not in native]
-    ours: list[Any] = released_layout_conversions()
+    ours: list[Any] = experts_conversions(model, released_layout_conversions)
+    if packed_modules(model):
+        # The library's converters of packed weights would unpack them, or stack them another way.
+        library = {_patterns(entry) for entry in _updated([], hf_quantizer, model)}
+        kept = [entry for entry in kept if _patterns(entry) not in library]
+        return ours + kept + plain_names(model)
     if hf_quantizer is not None:
-        update = hf_quantizer.update_weight_conversions
-        takes_model = "model" in inspect.signature(update).parameters
         known = {_patterns(entry) for entry in kept}
-        updated = update(ours, model) if takes_model else update(ours)
-        ours = [entry for entry in updated if _patterns(entry) not in known]
+        ours = [entry for entry in _updated(ours, hf_quantizer, model) if _patterns(entry) not in known]
     # A pre-quantised checkpoint brings a converter for any `weight`; the first that matches wins, so ours go in front.
     return ours + kept
+
+
+def conversions_for_saving(model: Any, loaded: list[Any] | None) -> list[Any]:
+    """What save_pretrained is to undo: by what the experts are now, whatever they were loaded from.
+
+    Args:
+        model: about to be saved.
+        loaded: what the loader used, or None. Its renamings (the user's `key_mapping`, the library's) are kept.
+    """
+    kept = [entry for entry in loaded or [] if type(entry) is not PlainNames and not _is_of_experts(entry)]
+    return experts_conversions(model, released_layout_conversions) + kept + plain_names(model)
+
+
+def _is_of_experts(entry: Any) -> bool:
+    return isinstance(entry, WeightConverter) and any("block_sparse_moe.experts" in x for x in entry.target_patterns)
+
+
+def _updated(conversions: list[Any], hf_quantizer: Any, model: Any) -> list[Any]:
+    update = hf_quantizer.update_weight_conversions
+    return update(conversions, model) if "model" in inspect.signature(update).parameters else update(conversions)
 
 
 def _patterns(entry: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -67,4 +94,4 @@ def damaged_file_error(files: list[str] | None, error: SafetensorError) -> Safet
     return SafetensorError(f"damaged weight files, download them again: {', '.join(damaged)}") if damaged else error
 
 
-__all__ = ["conversions_for_loading", "damaged_file_error", "released_layout_conversions"]
+__all__ = ["conversions_for_loading", "conversions_for_saving", "damaged_file_error", "released_layout_conversions"]
