@@ -32,7 +32,7 @@ from benchmarks.full_model import (
     step_bytes,
 )
 from benchmarks.record import write
-from kimi_linear.modeling.decode_step import DecodeStep
+from kimi_linear.modeling.decode.step import DecodeStep
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
 
 # context x batch: (goal ms, native ms)

@@ -30,7 +30,7 @@ from benchmarks.record import write
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.hub_card.exporter import SMALL_CHECKPOINT
 from kimi_linear.hub_card.small_corpus import load_corpus
-from kimi_linear.modeling.cache_kimi_linear import KimiLinearCache
+from kimi_linear.modeling.cache.kimi_linear_cache import KimiLinearCache
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
 
 PROMPT_TOKENS = 256

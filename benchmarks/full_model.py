@@ -8,7 +8,7 @@ import transformers
 from transformers import DynamicCache
 
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
-from kimi_linear.modeling.cache_kimi_linear import KDACacheLayer, KimiLinearCache
+from kimi_linear.modeling.cache.kimi_linear_cache import KDACacheLayer, KimiLinearCache
 
 # Copy bandwidth of an H200, bytes read and written, measured there on 2026-11-23.
 COPY_BANDWIDTH = 4.30e12

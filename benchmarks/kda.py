@@ -20,8 +20,9 @@ import torch
 from triton.testing import do_bench
 
 from benchmarks.record import default_path, write
-from kimi_linear.kernels import kda_triton, kda_triton_configs
-from kimi_linear.kernels.kda_triton import chunk_kda, kda_step
+from kimi_linear.kernels.kda import configs as kda_configs
+from kimi_linear.kernels.kda import operators as kda_operators
+from kimi_linear.kernels.kda.operators import chunk_kda, kda_step
 
 try:
     from fla.ops.kda import chunk_kda as fla_chunk_kda
@@ -205,7 +206,7 @@ def step_rows() -> Iterator[dict]:
 
 def tune() -> dict:
     """Time the candidates of each stage on one case and take the best ones for the rest of the run."""
-    c = kda_triton_configs
+    c = kda_configs
     x = inputs("released", 1, 8192, 32)
     intra, inter = c.intra_config("sm_90", 128, "bfloat16"), c.inter_config("sm_90", 128, 128, "bfloat16")
     step = c.step_config(128, 128)
@@ -214,11 +215,11 @@ def tune() -> dict:
     def choose(name: str, configs: list, measure) -> None:
         times = {}
         for config in configs:
-            setattr(kda_triton, name, lambda *args, config=config: config)
+            setattr(kda_operators, name, lambda *args, config=config: config)
             times[config] = measure()
             print(name, config, times[config], flush=True)
         best = min(times, key=times.get)
-        setattr(kda_triton, name, lambda *args: best)
+        setattr(kda_operators, name, lambda *args: best)
         found[name] = {str(k): v for k, v in times.items()}
 
     forward = lambda: median(lambda: chunk_kda(**x), rep=25)[0]  # noqa: E731
@@ -240,7 +241,7 @@ def cold_start(in_model: bool) -> float:
     """
     code = "import time, torch; from benchmarks.kda import chunk_kda, inputs; x = inputs('tame', 1, 8192, 32);"
     if in_model:
-        code += ("import torch._dynamo; from kimi_linear.kernels.kda_triton_index import kda_index_fwd;"
+        code += ("import torch._dynamo; from kimi_linear.kernels.kda.index import kda_index_fwd;"
                  "kda_index_fwd(torch.zeros(2, dtype=torch.int32, device='cuda'), 0, 32);")  # fmt: skip
     code += ("torch.cuda.synchronize(); t = time.time(); chunk_kda(**x); torch.cuda.synchronize();"
              "print(time.time() - t)")  # fmt: skip

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 import kimi_linear.hub_card
 from kimi_linear.hub_card.small_corpus import load_corpus
-from kimi_linear.modeling.cache_kimi_linear import KimiLinearCache
+from kimi_linear.modeling.cache.kimi_linear_cache import KimiLinearCache
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
 
 SMALL_CHECKPOINT = Path(kimi_linear.hub_card.__file__).parent / "small_checkpoint"

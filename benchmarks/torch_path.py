@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from kimi_linear.kernels.kda_reference import recurrent_kda_reference
-from kimi_linear.kernels.kda_torch import chunk_kda_torch
+from kimi_linear.kernels.kda.reference import recurrent_kda_reference
+from kimi_linear.kernels.kda.torch_forward import chunk_kda_torch
 
 HEAD_DIM = 128
 

@@ -18,30 +18,23 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_kimi_linear import KimiLinearConfig
-from ..kernels.kda_checks import check_cu_seqlens
-from .cache_kimi_linear import KimiLinearCache
-from .decode_path import DecodePath
-from .generation_kimi_linear import KimiGenerationMixin
-from .input_checks import (
-    check_cache,
-    check_embeddings,
-    check_labels,
-    check_mask,
-    check_positions,
-    check_token_ids,
-)
-from .kda_attention import KimiDeltaAttention, ShortConvolution
-from .masks_kimi_linear import make_masks
-from .mla_attention import KimiMLAAttention
-from .moe_kimi_linear import KimiExperts, KimiMLP, KimiSparseMoeBlock, KimiTopkRouter
-from .norms_kimi_linear import KimiRMSNorm
-from .packed_dequantise import asking
-from .packed_loading import finish_packed, pack_modules, prepare_packed
-from .packed_modules import KimiPackedLinear
-from .prompt_segments import forward_in_segments, takes_segments
-from .quantisation_refusals import refuse_unreadable
-from .sequence_layout import PaddingLayout, cu_seqlens_of_restarts, position_ids_of_packed
-from .weight_conversion import conversions_for_loading, conversions_for_saving, damaged_file_error
+from ..kernels.kda.checks import check_cu_seqlens
+from .cache.kimi_linear_cache import KimiLinearCache
+from .checkpoint.conversions import conversions_for_loading, conversions_for_saving, damaged_file_error
+from .checkpoint.packed_dequantise import asking
+from .checkpoint.packed_loading import finish_packed, pack_modules, prepare_packed
+from .checkpoint.packed_modules import KimiPackedLinear
+from .checkpoint.refusals import refuse_unreadable
+from .decode.path import DecodePath
+from .generate.mixin import KimiGenerationMixin
+from .input_checks import check_cache, check_embeddings, check_labels, check_mask, check_positions, check_token_ids
+from .layers.kda_attention import KimiDeltaAttention, ShortConvolution
+from .layers.masks import make_masks
+from .layers.mla_attention import KimiMLAAttention
+from .layers.moe import KimiExperts, KimiMLP, KimiSparseMoeBlock, KimiTopkRouter
+from .layers.norms import KimiRMSNorm
+from .layers.sequence_layout import PaddingLayout, cu_seqlens_of_restarts, position_ids_of_packed
+from .prompt.segments import forward_in_segments, takes_segments
 
 logger = logging.get_logger(__name__)
 

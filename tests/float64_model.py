@@ -1,7 +1,7 @@
 """The whole model in float64, written from the formulas (reference: arXiv 2510.26692) over a dict of released tensors.
 
 It shares no code with modeling/: no modules, no cache, no masks but the causal one. KDA is the float64 recurrence of
-kernels/kda_reference.py. Only unpadded [B, T] batches.
+kernels/kda/reference.py. Only unpadded [B, T] batches.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kimi_linear.kernels.kda_reference import recurrent_kda_reference
+from kimi_linear.kernels.kda.reference import recurrent_kda_reference
 
 
 class Float64Model:

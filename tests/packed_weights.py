@@ -2,8 +2,8 @@
 
 import torch
 
-from kimi_linear.kernels.weight_formats import WeightFormat
-from kimi_linear.modeling.quantisation_schemes import compressed_format, fp8_format
+from kimi_linear.kernels.weights.formats import WeightFormat
+from kimi_linear.modeling.checkpoint.schemes import compressed_format, fp8_format
 
 
 def scheme(format: str, kind: str, bits: int, strategy: str, inputs: dict | None = None, **weights) -> dict:

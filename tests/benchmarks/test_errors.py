@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from benchmarks import errors
-from kimi_linear.modeling import decode_path
-from kimi_linear.modeling.cache_kimi_linear import KimiLinearCache
+from kimi_linear.modeling.cache.kimi_linear_cache import KimiLinearCache
+from kimi_linear.modeling.decode import path as decode_path
 
 
 def test_errors_of_known_logits():

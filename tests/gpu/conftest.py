@@ -1,6 +1,6 @@
 import pytest
 
-from kimi_linear.modeling import decode_path
+from kimi_linear.modeling.decode import path as decode_path
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import torch
 from tiny_checkpoints import tiny_config, write_checkpoint
 
 from kimi_linear.hub_card.exporter import SMALL_CHECKPOINT
-from kimi_linear.modeling.cache_kimi_linear import KimiLinearCache
-from kimi_linear.modeling.decode_step import DecodeStep
+from kimi_linear.modeling.cache.kimi_linear_cache import KimiLinearCache
+from kimi_linear.modeling.decode.step import DecodeStep
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
 
 pytestmark = [

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from kimi_linear.kernels import kda_triton
-from kimi_linear.kernels.kda_reference import recurrent_kda_reference
-from kimi_linear.kernels.kda_triton import chunk_kda
-from kimi_linear.kernels.kda_triton_inter import kda_inter_fwd_kernel
-from kimi_linear.kernels.kda_triton_intra import kda_intra_fwd_kernel
+from kimi_linear.kernels.kda import operators as kda_operators
+from kimi_linear.kernels.kda.inter import kda_inter_fwd_kernel
+from kimi_linear.kernels.kda.intra import kda_intra_fwd_kernel
+from kimi_linear.kernels.kda.operators import chunk_kda
+from kimi_linear.kernels.kda.reference import recurrent_kda_reference
 
 DEVICE = "cuda"
 pytestmark = [
@@ -91,7 +91,7 @@ def test_side_by_side_equals_in_turn(B, T, monkeypatch):
         captured = chunk_kda(**x, output_final_state=True)
     graph.replay()
     asked = []
-    monkeypatch.setattr(kda_triton, "runs_beside", lambda *args: asked.append(args))
+    monkeypatch.setattr(kda_operators, "runs_beside", lambda *args: asked.append(args))
     in_turn = chunk_kda(**x, output_final_state=True)
     assert len(asked) == 1
     for a, b, c in zip(beside, captured, in_turn):

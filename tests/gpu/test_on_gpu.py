@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_checkpoints import tiny_config, write_checkpoint
 
-from kimi_linear.kernels.kda_dispatch import kda, resolve_kda_backend
-from kimi_linear.kernels.kda_reference import recurrent_kda_reference
+from kimi_linear.kernels.kda.dispatch import kda, resolve_kda_backend
+from kimi_linear.kernels.kda.reference import recurrent_kda_reference
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
 
 pytestmark = [

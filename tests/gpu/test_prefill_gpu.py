@@ -6,13 +6,15 @@ import torch.nn.functional as F
 from tiny_checkpoints import tiny_config, write_checkpoint
 
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
-from kimi_linear.kernels import fused_path
-from kimi_linear.kernels.attention_lse import attention_with_lse, merge_attention
-from kimi_linear.kernels.short_convolution import causal_short_conv
-from kimi_linear.modeling import masks_kimi_linear, mla_attention, prompt_segments
+from kimi_linear.kernels.gpu import availability as gpu_availability
+from kimi_linear.kernels.prompt.attention_lse import attention_with_lse, merge_attention
+from kimi_linear.kernels.prompt.short_convolution import causal_short_conv
+from kimi_linear.modeling.layers import masks as layers_masks
+from kimi_linear.modeling.layers import mla_attention
+from kimi_linear.modeling.layers.moe import KimiMLP, KimiSparseMoeBlock
+from kimi_linear.modeling.layers.norms import KimiRMSNorm, KimiRMSNormGated
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
-from kimi_linear.modeling.moe_kimi_linear import KimiMLP, KimiSparseMoeBlock
-from kimi_linear.modeling.norms_kimi_linear import KimiRMSNorm, KimiRMSNormGated
+from kimi_linear.modeling.prompt import segments as prompt_segments
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,7 +38,7 @@ def exact(tmp_path_factory):
 
 
 def plain(patch):
-    patch.setattr(fused_path, "device_serves", lambda device: False)
+    patch.setattr(gpu_availability, "device_serves", lambda device: False)
 
 
 def relative(x, y):
@@ -170,7 +172,7 @@ def test_segments_are_as_near_to_fp32_as_one_piece(padded, large_mask, model, ex
     ids = torch.randint(0, 120, (2, 500), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[0, :100] = 1 - padded
-    monkeypatch.setattr(masks_kimi_linear, "_LARGE_MASK", large_mask)
+    monkeypatch.setattr(layers_masks, "_LARGE_MASK", large_mask)
     with torch.no_grad():
         want = exact(ids, attention_mask=mask)
         whole = model(ids.cuda(), attention_mask=mask.cuda())

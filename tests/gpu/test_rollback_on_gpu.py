@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_checkpoints import tiny_config, write_checkpoint
 
-from kimi_linear.kernels import kda_dispatch
-from kimi_linear.modeling.cache_kimi_linear import KDACacheLayer, KimiLinearCache
+from kimi_linear.kernels.kda import dispatch as kda_dispatch
+from kimi_linear.modeling.cache.kimi_linear_cache import KDACacheLayer, KimiLinearCache
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
 
 pytestmark = [

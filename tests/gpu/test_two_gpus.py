@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny_checkpoints import tiny_config, write_checkpoint
 
-from kimi_linear.modeling import prompt_segments
-from kimi_linear.modeling.cache_kimi_linear import KimiLinearCache
+from kimi_linear.modeling.cache.kimi_linear_cache import KimiLinearCache
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
+from kimi_linear.modeling.prompt import segments as prompt_segments
 
 pytestmark = [
     pytest.mark.gpu,

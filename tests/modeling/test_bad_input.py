@@ -8,7 +8,7 @@ from tiny_checkpoints import tiny_config
 from transformers import DynamicCache, StaticCache
 
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
-from kimi_linear.modeling.cache_kimi_linear import KimiLinearCache
+from kimi_linear.modeling.cache.kimi_linear_cache import KimiLinearCache
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM, KimiLinearForSequenceClassification
 
 BATCH, LENGTH = 2, 9

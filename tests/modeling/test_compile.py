@@ -10,7 +10,7 @@ import torch
 from tiny_checkpoints import tiny_config, write_checkpoint
 from transformers import StaticCache
 
-from kimi_linear.modeling.cache_kimi_linear import KimiLinearCache
+from kimi_linear.modeling.cache.kimi_linear_cache import KimiLinearCache
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
 
 BOUND = {"atol": 1e-5, "rtol": 1e-5}

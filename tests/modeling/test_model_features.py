@@ -14,15 +14,15 @@ from transformers import DataCollatorWithFlattening
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
-from kimi_linear.modeling.kda_attention import KimiDeltaAttention, ShortConvolution
-from kimi_linear.modeling.mla_attention import KimiMLAAttention
+from kimi_linear.modeling.layers.kda_attention import KimiDeltaAttention, ShortConvolution
+from kimi_linear.modeling.layers.mla_attention import KimiMLAAttention
+from kimi_linear.modeling.layers.moe import KimiTopkRouter
+from kimi_linear.modeling.layers.norms import KimiRMSNorm
 from kimi_linear.modeling.modeling_kimi_linear import (
     KimiLinearForCausalLM,
     KimiLinearForSequenceClassification,
     KimiLinearModel,
 )
-from kimi_linear.modeling.moe_kimi_linear import KimiTopkRouter
-from kimi_linear.modeling.norms_kimi_linear import KimiRMSNorm
 
 
 def assert_same_logits(a: torch.Tensor, b: torch.Tensor) -> None:

@@ -19,8 +19,8 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from kimi_linear.hub_card.exporter import ExportRequest, export
-from kimi_linear.modeling.moe_kimi_linear import KimiTopkRouter
-from kimi_linear.modeling.weight_conversion import conversions_for_loading, released_layout_conversions
+from kimi_linear.modeling.checkpoint.conversions import conversions_for_loading, released_layout_conversions
+from kimi_linear.modeling.layers.moe import KimiTopkRouter
 
 BOUND = 1e-4
 # Names of tests/conftest.py's tiny checkpoints. The native class needs an MLA layer, to count positions.

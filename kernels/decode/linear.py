@@ -1,0 +1,322 @@
+"""
+Decode step: the projections of a layer that share an input, as one launch over all their weights.
+
+    y = [W_0; W_1; ...] x̂        x̂ = x                                      plain
+                                 x̂ = weight x / sqrt(mean(x^2) + eps)       with a norm's weight
+                                 x̂ = silu(x[:K]) x[K:]                      gated, behind gate and up projections
+    y += residual                                                           where given; y may be the residual
+
+The norm's factor 1 / sqrt(.) is applied to the sums, so that one pass over x serves both. Sums are fp32 and rounded
+once, to y's dtype. Each weight [M_s, K] is read once and in place: nothing is packed or copied. With `x_columns` each
+weight reads its own K columns of x.
+
+One token takes a matrix-vector kernel (bound by the bytes of the weights); up to 64 take tensor cores, which read the
+weights once for all of them.
+
+With PDL (programmatic dependent launch, sm_90 on) each launch of the step lets the next one start at once. What depends
+on no other launch, here the first columns of the weights, is on its way before `gdc_wait` returns, which is when the
+launch in front is complete. No program ends before it has waited, so all launches before that one are complete too.
+"""
+
+import torch
+
+from ..gpu.arithmetic import kda_dot, kda_sigmoid
+from ..gpu.launching import overlap_options
+from ..gpu.sizes import padded
+from .configs import GemvConfig, SkinnyConfig
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    from ..gpu.optional_triton import tl, triton
+
+MAX_WEIGHTS = 6
+
+
+@triton.jit
+def decode_segment(
+    i_tile, w0, w1, w2, w3, w4, w5,
+    M0: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr, M3: tl.constexpr, M4: tl.constexpr, M5: tl.constexpr,
+    X0: tl.constexpr, X1: tl.constexpr, X2: tl.constexpr, X3: tl.constexpr, X4: tl.constexpr, X5: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """Which weight tile `i_tile` belongs to: (weight, first row, rows, first column of x, first column of y)."""
+    w, i_row, n_rows, x_col, y_col = w0, i_tile * BN, i_tile * 0 + M0, i_tile * 0 + X0, i_tile * 0
+    T1: tl.constexpr = (M0 + BN - 1) // BN
+    T2: tl.constexpr = T1 + (M1 + BN - 1) // BN
+    T3: tl.constexpr = T2 + (M2 + BN - 1) // BN
+    T4: tl.constexpr = T3 + (M3 + BN - 1) // BN
+    T5: tl.constexpr = T4 + (M4 + BN - 1) // BN
+    if M1 > 0:
+        if i_tile >= T1:
+            w, i_row, n_rows, x_col, y_col = w1, (i_tile - T1) * BN, i_tile * 0 + M1, i_tile * 0 + X1, i_tile * 0 + M0
+    if M2 > 0:
+        if i_tile >= T2:
+            w, i_row, n_rows, x_col = w2, (i_tile - T2) * BN, i_tile * 0 + M2, i_tile * 0 + X2
+            y_col = i_tile * 0 + (M0 + M1)
+    if M3 > 0:
+        if i_tile >= T3:
+            w, i_row, n_rows, x_col = w3, (i_tile - T3) * BN, i_tile * 0 + M3, i_tile * 0 + X3
+            y_col = i_tile * 0 + (M0 + M1 + M2)
+    if M4 > 0:
+        if i_tile >= T4:
+            w, i_row, n_rows, x_col = w4, (i_tile - T4) * BN, i_tile * 0 + M4, i_tile * 0 + X4
+            y_col = i_tile * 0 + (M0 + M1 + M2 + M3)
+    if M5 > 0:
+        if i_tile >= T5:
+            w, i_row, n_rows, x_col = w5, (i_tile - T5) * BN, i_tile * 0 + M5, i_tile * 0 + X5
+            y_col = i_tile * 0 + (M0 + M1 + M2 + M3 + M4)
+    return w, i_row, n_rows, x_col, y_col
+
+
+@triton.jit
+def decode_prefetch(b_address):
+    """Ask the L2 for the lines at these addresses, int64."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [b_address], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def decode_prefetch_vector(p_x, SIZE: tl.constexpr):
+    """The same for SIZE elements from `p_x` on: what is small comes out of memory as slowly as what is large."""
+    LINE: tl.constexpr = 128 * 8 // p_x.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = triton.next_power_of_2((SIZE + LINE - 1) // LINE)
+    decode_prefetch((p_x + tl.minimum(tl.arange(0, LINES) * LINE, SIZE - 1)).to(tl.int64))
+
+
+@triton.jit
+def decode_block(p_w, o_k, m_n, K: tl.constexpr):
+    """Columns `o_k` of the rows at `p_w`."""
+    return tl.load(p_w + o_k[None, :], mask=m_n[:, None] & (o_k < K)[None, :], other=0.0)
+
+
+@triton.jit
+def decode_input(x, norm_weight, o_k, K: tl.constexpr, HAS_NORM: tl.constexpr, GATED: tl.constexpr):
+    """
+    Columns `o_k` of x̂ without the norm's factor, and their squares, fp32.
+
+    One for all rows of the weights: where a warp takes 256 columns of 2 bytes (or 128 of 4), each thread loads the
+    columns that it multiplies. Otherwise they would be handed around through shared memory, with barriers that hold up
+    the loads of weights behind them.
+    """
+    b_x = tl.load(x + o_k, mask=o_k < K, other=0.0).to(tl.float32)
+    if GATED:
+        b_x *= kda_sigmoid(b_x) * tl.load(x + K + o_k, mask=o_k < K, other=0.0).to(tl.float32)
+    b_xx = b_x * b_x
+    if HAS_NORM:
+        b_x *= tl.load(norm_weight + o_k, mask=o_k < K, other=0.0).to(tl.float32)
+    return b_x, b_xx
+
+
+@triton.jit
+def decode_products(b_w, b_x):
+    """
+    Weights [BN, BK] times BK columns of x, the products of each 16 bytes summed: [BN, BK / (8 or 4)].
+
+    Those are one thread's: an eighth of the registers for sums leaves the others to weights on their way.
+    """
+    VECTOR: tl.constexpr = 128 // b_w.dtype.primitive_bitwidth
+    b_p = tl.reshape(b_w.to(tl.float32) * b_x[None, :], [b_w.shape[0], b_w.shape[1] // VECTOR, VECTOR])
+    return tl.sum(b_p, axis=2)
+
+
+@triton.jit
+def decode_gemv_kernel(
+    x, norm_weight, residual, y, w0, w1, w2, w3, w4, w5, eps,
+    M0: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr, M3: tl.constexpr, M4: tl.constexpr, M5: tl.constexpr,
+    X0: tl.constexpr, X1: tl.constexpr, X2: tl.constexpr, X3: tl.constexpr, X4: tl.constexpr, X5: tl.constexpr,
+    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One token: see the module docstring. Four blocks of columns go ahead, the others UNROLL at a time."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    w, i_row, n_rows, x_col, y_col = decode_segment(
+        tl.program_id(0), w0, w1, w2, w3, w4, w5, M0, M1, M2, M3, M4, M5, X0, X1, X2, X3, X4, X5, BN
+    )
+    o_n = i_row + tl.arange(0, BN)
+    m_n = o_n < n_rows
+    p_w = w + o_n.to(tl.int64)[:, None] * K
+    o_k = tl.arange(0, BK)
+    b_w0 = decode_block(p_w, o_k, m_n, K)
+    b_w1 = decode_block(p_w, o_k + BK, m_n, K)
+    b_w2 = decode_block(p_w, o_k + 2 * BK, m_n, K)
+    b_w3 = decode_block(p_w, o_k + 3 * BK, m_n, K)
+    if PDL:
+        if HAS_NORM:
+            if tl.program_id(0) < 8:
+                decode_prefetch_vector(norm_weight, K)
+        tl.extra.cuda.gdc_wait()
+    if HAS_RESIDUAL:
+        b_out = tl.load(residual + y_col + o_n, mask=m_n, other=0.0).to(tl.float32)
+    else:
+        b_out = tl.zeros([BN], tl.float32)
+    x += x_col
+    b_x, b_ss = decode_input(x, norm_weight, o_k, K, HAS_NORM, GATED)
+    b_y = decode_products(b_w0, b_x)
+    b_x, b_xx = decode_input(x, norm_weight, o_k + BK, K, HAS_NORM, GATED)
+    b_y += decode_products(b_w1, b_x)
+    b_ss += b_xx
+    b_x, b_xx = decode_input(x, norm_weight, o_k + 2 * BK, K, HAS_NORM, GATED)
+    b_y += decode_products(b_w2, b_x)
+    b_ss += b_xx
+    b_x, b_xx = decode_input(x, norm_weight, o_k + 3 * BK, K, HAS_NORM, GATED)
+    b_y += decode_products(b_w3, b_x)
+    b_ss += b_xx
+    for i_k in range(4 * BK, K, BK * UNROLL):
+        for u in tl.static_range(UNROLL):
+            b_w = decode_block(p_w, i_k + u * BK + o_k, m_n, K)
+            b_x, b_xx = decode_input(x, norm_weight, i_k + u * BK + o_k, K, HAS_NORM, GATED)
+            b_y += decode_products(b_w, b_x)
+            b_ss += b_xx
+    b_sum = tl.sum(b_y, axis=1)
+    if HAS_NORM:
+        b_sum *= tl.rsqrt(tl.sum(b_ss, axis=0) / K + eps)
+    b_out += b_sum
+    tl.store(y + y_col + o_n, b_out.to(y.dtype.element_ty), mask=m_n)
+
+
+@triton.jit
+def decode_norm_kernel(
+    x, weight, y, eps, D: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """RMSNorm of one token a program, x and y [N, D] contiguous, rounded before the weight as released."""
+    o_d = tl.arange(0, BD)
+    m_d = o_d < D
+    b_w = tl.load(weight + o_d, mask=m_d, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    o_d += tl.program_id(0) * D
+    b_x = tl.load(x + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_x *= tl.rsqrt(tl.sum(b_x * b_x, axis=0) / D + eps)
+    tl.store(y + o_d, (b_w * b_x.to(y.dtype.element_ty).to(tl.float32)).to(y.dtype.element_ty), mask=m_d)
+
+
+@triton.jit
+def decode_gate_kernel(x, stride_x, K: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr):
+    """Program (token, BK columns): silu(gate) up into the place of the gate."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    x += tl.program_id(0).to(tl.int64) * stride_x
+    o_k = tl.program_id(1) * BK + tl.arange(0, BK)
+    b_x, _ = decode_input(x, x, o_k, K, False, True)
+    tl.store(x + o_k, b_x.to(x.dtype.element_ty), mask=o_k < K)
+
+
+@triton.jit(do_not_specialize=["N"])
+def decode_skinny_kernel(
+    x, residual, y, w0, w1, w2, w3, w4, w5, N, stride_x, stride_y,
+    M0: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr, M3: tl.constexpr, M4: tl.constexpr, M5: tl.constexpr,
+    X0: tl.constexpr, X1: tl.constexpr, X2: tl.constexpr, X3: tl.constexpr, X4: tl.constexpr, X5: tl.constexpr,
+    K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """N tokens, rows of x and y: see the module docstring. x is normed already."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    w, i_row, n_rows, x_col, y_col = decode_segment(
+        tl.program_id(0), w0, w1, w2, w3, w4, w5, M0, M1, M2, M3, M4, M5, X0, X1, X2, X3, X4, X5, BN
+    )
+    o_n = i_row + tl.arange(0, BN)
+    o_m = tl.program_id(1) * BM + tl.arange(0, BM)
+    m_n, m_m = o_n < n_rows, o_m < N
+    p_w = w + o_n.to(tl.int64)[:, None] * K
+    if PDL:
+        # Loads of the loop can't go ahead of the wait; their first lines can go to the L2.
+        LINE: tl.constexpr = 128 * 8 // w.dtype.element_ty.primitive_bitwidth
+        LAST: tl.constexpr = K - LINE if K > LINE else 0
+        o_line = tl.minimum(tl.arange(0, 4 * BK // LINE) * LINE, LAST)
+        decode_prefetch((w + tl.minimum(o_n, n_rows - 1).to(tl.int64)[:, None] * K + o_line[None, :]).to(tl.int64))
+        tl.extra.cuda.gdc_wait()
+    p_x = x + o_m.to(tl.int64)[:, None] * stride_x + x_col
+    b_y = tl.zeros([BM, BN], tl.float32)
+    for i_k in tl.range(0, K, BK, num_stages=STAGES):
+        o_k = i_k + tl.arange(0, BK)
+        m_k = o_k < K
+        m_x = m_m[:, None] & m_k[None, :]
+        b_w = tl.load(p_w + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)
+        b_x = tl.load(p_x + o_k[None, :], mask=m_x, other=0.0)
+        b_y = kda_dot(b_x, tl.trans(b_w), b_y, w.dtype.element_ty, "ieee", UPCAST)
+    o_y = o_m.to(tl.int64)[:, None] * stride_y + (y_col + o_n)[None, :]
+    m_y = m_m[:, None] & m_n[None, :]
+    if HAS_RESIDUAL:
+        b_y += tl.load(residual + o_y, mask=m_y, other=0.0).to(tl.float32)
+    tl.store(y + o_y, b_y.to(y.dtype.element_ty), mask=m_y)
+
+
+def decode_linear(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    y: torch.Tensor,
+    config: GemvConfig | SkinnyConfig,
+    *,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 0.0,
+    residual: torch.Tensor | None = None,
+    gated: bool = False,
+    x_columns: tuple[int, ...] | None = None,
+    upcast: bool = False,
+    pdl: bool = False,
+) -> None:
+    """
+    Write y [N, sum of M_s] (see the module docstring).
+
+    Args:
+        x: [N, columns], rows dense; K of the columns are read, twice K if `gated`.
+        weights: one to six contiguous [M_s, K].
+        y: [N, sum of M_s], rows dense.
+        config: a GemvConfig where N is 1, else a SkinnyConfig.
+        norm_weight: [K] of an RMSNorm in front, with its `eps`; or None. One token only.
+        residual: laid out as y, added before rounding; may be y.
+        gated: whether x holds gate and up activations. One token only.
+        x_columns: first column of x for each weight; 0 for all if None.
+        upcast: multiply bf16 as fp32 (for Triton's interpreter).
+        pdl: launch programmatically dependent (see the module docstring).
+    """
+    K, missing = weights[0].shape[1], MAX_WEIGHTS - len(weights)
+    sizes = [w.shape[0] for w in weights]
+    tiles = sum(triton.cdiv(size, config.BN) for size in sizes)
+    common = {f"M{i}": size for i, size in enumerate(sizes + [0] * missing)}
+    common |= {f"X{i}": column for i, column in enumerate([*(x_columns or [0] * len(weights)), *[0] * missing])}
+    common |= {"K": K, "HAS_RESIDUAL": residual is not None, "PDL": pdl, **overlap_options(pdl)}
+    weights = [*weights, *[weights[0]] * missing]
+    if isinstance(config, GemvConfig):
+        decode_gemv_kernel[(tiles,)](
+            x, norm_weight, residual, y, *weights, eps, **common, HAS_NORM=norm_weight is not None, GATED=gated,
+            BN=config.BN, BK=config.BK, UNROLL=config.UNROLL, num_warps=config.num_warps,
+        )  # fmt: skip
+        return
+    if norm_weight is not None or gated:
+        raise ValueError("a norm or a gate in front is part of the one-token kernel only; norm or gate x beforehand")
+    N = x.shape[0]
+    decode_skinny_kernel[(tiles, triton.cdiv(N, config.BM))](
+        x, residual, y, *weights, N, x.stride(0), y.stride(0), **common,
+        BM=config.BM, BN=config.BN, BK=config.BK, STAGES=config.num_stages, UPCAST=upcast,
+        num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+def decode_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, y: torch.Tensor, pdl: bool = False) -> None:
+    """
+    y = RMSNorm of x, both [N, D] contiguous, D at most 16384; pdl as in `decode_linear`.
+
+    That is what prompt/norms.py does for prompts; here it is one more launch that the step starts ahead.
+    """
+    N, D = x.shape
+    decode_norm_kernel[(N,)](x, weight, y, eps, D=D, BD=padded(D), PDL=pdl, num_warps=4, **overlap_options(pdl))
+
+
+def decode_gate(x: torch.Tensor, pdl: bool = False) -> None:
+    """x[:, :K] = silu(x[:, :K]) x[:, K:] of x [N, 2 K], rows dense; pdl as in `decode_linear`."""
+    K = x.shape[1] // 2
+    BK = min(1024, padded(K))
+    decode_gate_kernel[(x.shape[0], triton.cdiv(K, BK))](
+        x, x.stride(0), K=K, BK=BK, PDL=pdl, num_warps=4, **overlap_options(pdl)
+    )
+
+
+__all__ = ["MAX_WEIGHTS", "decode_gate", "decode_gemv_kernel", "decode_linear", "decode_norm", "decode_skinny_kernel"]

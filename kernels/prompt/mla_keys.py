@@ -1,0 +1,71 @@
+"""
+Keys of multi-head latent attention in one pass, for inference on GPUs: every head's own part beside the shared one.
+
+    key[b, t, h] = (expanded[b, t, h, :N], shared[b, t])
+
+expanded [B, T, H, N + V] contiguous is what the latent's up-projection gives, shared [B, T, S] has dense rows and any
+other strides; key [B, T, H, N + S] is contiguous. Values are a view of `expanded` and need no pass.
+"""
+
+import re
+
+import torch
+
+from ..gpu.launching import launches_beside_first_argument
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    from ..gpu.optional_triton import tl, triton
+
+# The file may be loaded twice in a process (package and Hub folder): each copy registers under its own name.
+_NAMESPACE = "kimi_" + re.sub(r"\W", "_", __name__)
+
+
+@triton.jit(do_not_specialize=["T"])
+def mla_keys_fwd_kernel(
+    expanded, shared, key, T, stride_sb, stride_st,
+    H: tl.constexpr, N: tl.constexpr, V: tl.constexpr, S: tl.constexpr,
+    BH: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """One token a program, BH heads at a time."""
+    i_n = tl.program_id(0).to(tl.int64)
+    i_b, i_t = i_n // T, i_n % T
+    o_n, o_s = tl.arange(0, BN), tl.arange(0, BS)
+    m_n, m_s = o_n < N, o_s < S
+    b_s = tl.load(shared + i_b * stride_sb + i_t * stride_st + o_s, mask=m_s, other=0.0)
+    for i_h in tl.static_range(0, H, BH):
+        o_h = i_h + tl.arange(0, BH)
+        m_h = (o_h < H)[:, None]
+        p_k = key + (i_n * H + o_h)[:, None] * (N + S)
+        p_e = expanded + (i_n * H + o_h)[:, None] * (N + V) + o_n[None, :]
+        tl.store(p_k + o_n[None, :], tl.load(p_e, mask=m_h & m_n[None, :], other=0.0), mask=m_h & m_n[None, :])
+        b_rows = tl.broadcast_to(b_s[None, :], [BH, BS])
+        tl.store(p_k + N + o_s[None, :], b_rows, mask=m_h & m_s[None, :])
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::mla_keys_fwd", mutates_args=())
+@launches_beside_first_argument
+def mla_keys_fwd(expanded: torch.Tensor, shared: torch.Tensor, nope: int) -> torch.Tensor:
+    """Keys [B, T, H, nope + S] of expanded [B, T, H, nope + V] and shared [B, T, S] of the same dtype."""
+    (B, T, H, width), S = expanded.shape, shared.shape[-1]
+    expanded = expanded.contiguous()
+    shared = shared if shared.stride(-1) == 1 else shared.contiguous()
+    key = torch.empty(B, T, H, nope + S, dtype=expanded.dtype, device=expanded.device)
+    if key.numel() > 0:
+        BN, BS = (max(16, 1 << (size - 1).bit_length()) for size in (nope, S))
+        BH = min(1 << (H - 1).bit_length(), max(1, 4096 // BN))
+        mla_keys_fwd_kernel[(B * T,)](
+            expanded, shared, key, T, *shared.stride()[:2],
+            H=H, N=nope, V=width - nope, S=S, BH=BH, BN=BN, BS=BS, num_warps=4,
+        )  # fmt: skip
+    return key
+
+
+@mla_keys_fwd.register_fake
+def _(expanded, shared, nope):
+    return expanded.new_empty(*expanded.shape[:3], nope + shared.shape[-1])
+
+
+__all__ = ["mla_keys_fwd"]

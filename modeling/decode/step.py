@@ -1,0 +1,373 @@
+"""The decode step: a few tokens of every sequence through the whole model, as one CUDA graph over few fused kernels.
+
+At batch 1 a step has to read 6.2 GB of weights, 1.4 ms on an H200; everything else is overhead to keep small. So the
+projections that share an input are one launch, norms and residual sums are part of their neighbours, MLA stays in
+latent space, and the host launches one graph. The graph reads and writes the cache's own storage: addresses and lengths
+are in device memory, so it serves every cache, every length, and a cache that moves when it grows.
+
+| layer | launches (one token) |
+|---|---|
+| KDA | norm + six projections; decay and output gate; convolutions to gated norm; o_proj + residual |
+| MLA | norm + two projections; to latent space + new row; attention; splits joined; to values; o_proj + residual |
+| MoE | norm + router; all experts up; all experts down + residual |
+| dense MLP | norm + gate and up; down + residual |
+
+Rounding differs from the layers' own forward in places: a norm's output is not rounded before its projection, sums are
+rounded once. Nothing is less precise.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from ...configuration.configuration_kimi_linear import KimiLinearConfig
+from ...kernels.decode.configs import (
+    GROUP,
+    LatentConfig,
+    down_config,
+    experts_config,
+    gemv_config,
+    grouped_configs,
+    latent_config,
+    skinny_config,
+)
+from ...kernels.decode.experts import decode_expert_down, decode_expert_up
+from ...kernels.decode.grouped_experts import decode_grouped_experts
+from ...kernels.decode.latent import decode_latent_attention
+from ...kernels.decode.linear import decode_gate, decode_linear, decode_norm
+from ...kernels.decode.routing import decode_group, decode_route, most_blocks
+from ...kernels.gpu.classes import gpu_class
+from ...kernels.gpu.compile_threads import run_in_threads
+from ...kernels.kda.configs import step_config
+from ...kernels.kda.step import kda_step_fwd
+from ..cache.kimi_linear_cache import KDACacheLayer, KimiLinearCache
+
+# Most tokens (batch times new tokens) of a step: what the skinny products hold at once.
+MAX_STEP_TOKENS = 64
+
+
+class DecodeStep:
+    """Logits of `tokens` new tokens for each of `batch` sequences, over a `KimiLinearCache` that has seen some.
+
+    On a GPU the launches are captured at construction; elsewhere (Triton's interpreter) they run one by one.
+
+    Args:
+        model: a `KimiLinearForCausalLM` whose parameters are plain, of one dtype, on one device.
+        batch: sequences.
+        tokens: new tokens of each.
+    """
+
+    def __init__(self, model: Any, batch: int, tokens: int) -> None:
+        self._model = weakref.ref(model)  # the model holds its steps; a cycle would keep its memory
+        self.batch, self.tokens = batch, tokens
+        self.config: KimiLinearConfig = model.config
+        weight = model.lm_head.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        self._upcast = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+        self._gpu = "sm_90"
+        if weight.device.type == "cuda":
+            capability = torch.cuda.get_device_capability(weight.device)
+            self._gpu = gpu_class(capability, torch.version.hip is not None)
+        self._pdl = weight.device.type == "cuda" and self._gpu in ("sm_90", "sm_100")
+        self._allocate()
+        self._lock = threading.Lock()
+        self._held: tuple[int, ...] | None = None  # what the table holds
+        self._past_on_device = -1
+        self._was_conditional = False
+        self._done: torch.cuda.Event | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if self.device.type == "cuda":
+            self._capture()
+
+    @torch.inference_mode(False)  # what is made in inference mode can't be written outside of it
+    def _allocate(self) -> None:
+        """Everything that passes between launches."""
+        config, N = self.config, self.batch * self.tokens
+        H, heads = config.hidden_size, config.num_attention_heads
+        kda = config.linear_num_heads * config.linear_head_dim
+        R, S = config.kv_lora_rank, config.qk_rope_head_dim
+
+        def empty(*shape: int, dtype: torch.dtype = self.dtype) -> torch.Tensor:
+            return torch.empty(*shape, dtype=dtype, device=self.device)
+
+        widths = [3 * kda + 2 * config.linear_head_dim + config.linear_num_heads, 2 * config.intermediate_size]
+        widths.append(heads * config.qk_head_dim + R + S)
+        self.input_ids = torch.zeros(N, dtype=torch.int64, device=self.device)
+        self.table = torch.zeros(config.num_hidden_layers, 4, dtype=torch.int64, device=self.device)
+        self.past = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.x, self.normed = empty(N, H), empty(N, H)
+        self.p, self.gates = empty(N, max(widths)), empty(N, 2 * kda)
+        self.lengths = torch.full((self.batch,), self.tokens, dtype=torch.int32, device=self.device)
+        self.o = empty(N, max(kda, heads * config.v_head_dim))
+        multiprocessors = 4
+        if self.device.type == "cuda":
+            multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        splits = max(1, multiprocessors // (self.batch * -(-self.tokens // self._latent_config().BT)))
+        self.q_latent = empty(N, heads, R + S)
+        self.partial = empty(N, splits, heads, R, dtype=torch.float32)
+        self.partial_lse = empty(N, splits, heads, dtype=torch.float32)
+        self.logits = empty(N, self._model().lm_head.weight.shape[0])
+        if "sparse" in config.mlp_layer_types:
+            E, topk, I = config.num_experts, config.num_experts_per_token, config.moe_intermediate_size
+            shared = config.num_shared_experts
+            self.router = empty(N, E, dtype=torch.float32)
+            self.h, self.z = empty(N * (topk + shared), I), empty(N * (topk + shared), H)
+            self.chosen = empty(N, topk, dtype=torch.int32)
+            self.expert_weights = empty(N, topk, dtype=torch.float32)
+            blocks = most_blocks(N, topk, E, GROUP)
+            self.groups = (
+                empty(blocks * GROUP, dtype=torch.int32),
+                empty(blocks, dtype=torch.int32),
+                empty(1, dtype=torch.int32),
+            )
+
+    def _latent_config(self) -> LatentConfig:
+        config = self.config
+        return latent_config(
+            self.tokens, config.num_attention_heads, config.kv_lora_rank, self.dtype.itemsize, self._gpu
+        )
+
+    def _capture(self) -> None:
+        """Record the launches, on scratch memory in place of a cache."""
+        config, B = self.config, self.batch
+        K, heads = config.linear_head_dim, config.linear_num_heads
+        state = torch.zeros(B, heads, K, K, dtype=torch.float32, device=self.device)
+        window = torch.zeros(B, 3 * heads * K, config.linear_conv_kernel_dim - 1, dtype=self.dtype, device=self.device)
+        rows = torch.zeros(
+            B, self.tokens, config.kv_lora_rank + config.qk_rope_head_dim, dtype=self.dtype, device=self.device
+        )
+        for i, kind in enumerate(config.layer_types):
+            kda = kind == "linear_attention"
+            entry = (state.data_ptr(), window.data_ptr(), 0, 0) if kda else (rows.data_ptr(), rows.stride(0), 0, 0)
+            self.table[i].copy_(torch.tensor(entry))
+        with torch.cuda.device(self.device):
+            run_in_threads(self.device, *self._kinds_of_launches())  # in turn they take seven seconds and more
+            self._launch()
+            self.past.zero_()
+            torch.cuda.synchronize()
+            self._graph = torch.cuda.CUDAGraph()
+            stream = torch.cuda.Stream(self.device)  # PyTorch's own capture stream stays on the first GPU that had one
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                self._launch()
+            self._done = torch.cuda.Event()
+
+    def _kinds_of_launches(self) -> list[Callable[[], None]]:
+        """Calls that between them launch every kernel of the step, in parts that share as little as they can.
+
+        Each is compiled at its first launch.
+        """
+        layers = self._model().model.layers
+        mixers = {layer.is_kda: i for i, layer in enumerate(layers)}
+        mlps = {layer.is_moe: layer for layer in layers}
+        return [
+            self._launch_head,
+            *(partial(self._launch_mixer, layers[i], self.table[i]) for i in mixers.values()),
+            *(partial(self._launch_mlp, layer) for layer in mlps.values()),
+        ]
+
+    def __call__(
+        self, cache: KimiLinearCache, input_ids: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits [batch, tokens, vocab_size] of `input_ids` [batch, tokens], which `cache` has seen afterwards.
+
+        `mask` is bool [batch, at least past + tokens], dense in its last dimension, False at padding; the new tokens
+        are never padding. It is read when the step runs. Safe to call from several threads.
+        """
+        with self._lock:
+            self.prepare(cache, input_ids, mask)
+            logits = self.run().clone()
+            self.commit(cache)
+            return logits
+
+    def prepare(
+        self,
+        cache: KimiLinearCache,
+        input_ids: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        active: torch.Tensor | None = None,
+    ) -> None:
+        """Hand over the inputs of `run`; the caller holds `lock` from here until it has read the logits.
+
+        `active` is a bool scalar on the device: where it turns out False, `run` leaves the cache as it is, `commit`
+        must not follow, and the logits mean nothing.
+        """
+        past = cache.get_seq_length()
+        entries: list[int] = []
+        for layer in cache.layers:
+            if isinstance(layer, KDACacheLayer):
+                entries += (layer.state.data_ptr(), layer.window.data_ptr(), *self._recording_entry(layer))
+            else:
+                layer.reserve(past + self.tokens)
+                rows = layer.storage
+                masked = (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))
+                entries += (rows.data_ptr(), rows.stride(0), *masked)
+        if self._done is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._done)  # of a run in another stream
+        held = tuple(entries)
+        if held != self._held:
+            # From pinned memory, or the host would wait for every step launched so far.
+            entry = torch.tensor(entries, pin_memory=self.device.type == "cuda")
+            self.table.copy_(entry.view_as(self.table), non_blocking=True)
+            self._held = held
+        if past != self._past_on_device:
+            self.past.fill_(past)
+            self._past_on_device = past
+        if active is not None:
+            torch.mul(active.expand_as(self.lengths), self.tokens, out=self.lengths)
+        elif self._was_conditional:
+            self.lengths.fill_(self.tokens)
+        self._was_conditional = active is not None
+        self.input_ids.copy_(input_ids.reshape(-1))
+
+    def _recording_entry(self, layer: KDACacheLayer) -> tuple[int, int]:
+        """(address of the first new token in the layer's recording or 0, elements between its sequences)."""
+        if not layer.record_past:
+            return 0, 0
+        layer.prepare_recording(self.tokens)
+        recording, heads, K = layer.recording, self.config.linear_num_heads, self.config.linear_head_dim
+        recording.allocate(layer.window, self.batch, heads * (4 * K + 1))
+        return recording.inputs[:, recording.length].data_ptr(), recording.inputs.stride(0)
+
+    def run(self) -> torch.Tensor:
+        """Logits [batch, tokens, vocab_size] behind `prepare`; they are overwritten by the next run."""
+        self._past_on_device = -1  # until `commit`: an interruption leaves it unknown
+        if self._graph is None:
+            self._launch()
+        else:
+            self._graph.replay()
+            self._done.record(torch.cuda.current_stream(self.device))
+        return self.logits.view(self.batch, self.tokens, -1)
+
+    def commit(self, cache: KimiLinearCache) -> None:
+        """Let `cache` count the tokens of the last `run`."""
+        for layer in cache.layers:
+            if isinstance(layer, KDACacheLayer):
+                layer.advance(self.tokens, recorded=layer.record_past)
+            else:
+                layer.advance(self.tokens)
+        self._past_on_device = cache.get_seq_length()
+
+    @property
+    def lock(self) -> threading.Lock:
+        """Held while the step's buffers are in use."""
+        return self._lock
+
+    @torch.no_grad()
+    def _launch(self) -> None:
+        model = self._model().model
+        torch.index_select(model.embed_tokens.weight, 0, self.input_ids, out=self.x)
+        for layer, entry in zip(model.layers, self.table):
+            self._launch_mixer(layer, entry)
+            self._launch_mlp(layer)
+        self._launch_head()
+        self.past.add_(self.tokens)
+
+    def _launch_mixer(self, layer: Any, entry: torch.Tensor) -> None:
+        (self._kda if layer.is_kda else self._mla)(layer.self_attn, layer.input_layernorm, entry)
+
+    def _launch_mlp(self, layer: Any) -> None:
+        if layer.is_moe:
+            self._moe(layer.block_sparse_moe, layer.post_attention_layernorm)
+        else:
+            self._dense(layer.mlp, layer.post_attention_layernorm)
+
+    def _launch_head(self) -> None:
+        model = self._model()
+        self._linear(self.x, [model.lm_head.weight], self.logits, norm=model.model.norm)
+
+    def _linear(
+        self, x: torch.Tensor, weights: list[torch.Tensor], y: torch.Tensor, norm: Any = None, **options: Any
+    ) -> None:
+        columns, rows = weights[0].shape[1], sum(weight.shape[0] for weight in weights)
+        if x.shape[0] == 1:
+            config = gemv_config(columns, rows)
+            if norm is not None:
+                options |= {"norm_weight": norm.weight, "eps": norm.variance_epsilon}
+        else:
+            config = skinny_config(x.shape[0], columns, rows, x.element_size(), self._gpu)
+            x = x if norm is None else self._normed(x, norm)
+        decode_linear(x, weights, y, config, upcast=self._upcast, pdl=self._pdl, **options)
+
+    def _normed(self, x: torch.Tensor, norm: Any) -> torch.Tensor:
+        decode_norm(x, norm.weight, norm.variance_epsilon, self.normed, self._pdl)
+        return self.normed
+
+    def _part(self, buffer: torch.Tensor, width: int) -> torch.Tensor:
+        """[N, width] at the front of a buffer that layers of several widths share."""
+        N = self.batch * self.tokens
+        return buffer.view(-1)[: N * width].view(N, width)
+
+    def _kda(self, kda: Any, norm: Any, entry: torch.Tensor) -> None:
+        heads, K, B, T = kda.num_heads, kda.head_dim, self.batch, self.tokens
+        inner = heads * K
+        projections = [kda.q_proj, kda.k_proj, kda.v_proj, kda.f_a_proj, kda.g_a_proj, kda.b_proj]
+        p = self._part(self.p, 3 * inner + 2 * K + heads)
+        self._linear(self.x, [module.weight for module in projections], p, norm)
+        columns = (3 * inner, 3 * inner + K)
+        self._linear(p, [kda.f_b_proj.weight, kda.g_b_proj.weight], self.gates, x_columns=columns)
+        q, k, v, _, beta = p.view(B, T, -1).split([inner, inner, inner, 2 * K, heads], dim=2)
+        f, gate = self.gates.view(B, T, -1).chunk(2, dim=2)
+        o = self._part(self.o, inner)
+        weights = tuple(conv.weight[:, 0] for conv in (kda.q_conv1d, kda.k_conv1d, kda.v_conv1d))
+        kda_step_fwd(
+            q, k, v, f, beta, gate, o.view(B, T, heads, K), weights, None,
+            kda.A_log, kda.dt_bias, kda.o_norm.weight, entry, self.lengths,
+            K**-0.5, kda.o_norm.variance_epsilon, step_config(K, K), self._pdl,
+        )  # fmt: skip
+        self._linear(o, [kda.o_proj.weight], self.x, residual=self.x)
+
+    def _mla(self, mla: Any, norm: Any, entry: torch.Tensor) -> None:
+        heads, V = self.config.num_attention_heads, mla.v_head_dim
+        R, S = mla.kv_lora_rank, mla.qk_rope_head_dim
+        p = self._part(self.p, heads * mla.qk_head_dim + R + S)
+        self._linear(self.x, [mla.q_proj.weight, mla.kv_a_proj_with_mqa.weight], p, norm)
+        latent_norm, o = mla.kv_a_layernorm, self._part(self.o, heads * V)
+        decode_latent_attention(
+            p, mla.kv_b_proj.weight, latent_norm.weight, latent_norm.variance_epsilon, entry, self.past,
+            self.q_latent, self.partial, self.partial_lse, o.view(-1, heads, V), self.tokens, S, mla.scaling,
+            self._latent_config(), self._upcast, self._pdl,
+        )  # fmt: skip
+        self._linear(o, [mla.o_proj.weight], self.x, residual=self.x)
+
+    def _dense(self, mlp: Any, norm: Any) -> None:
+        p = self._part(self.p, 2 * mlp.gate_proj.weight.shape[0])
+        self._linear(self.x, [mlp.gate_proj.weight, mlp.up_proj.weight], p, norm)
+        one = p.shape[0] == 1
+        if not one:
+            decode_gate(p, self._pdl)
+        self._linear(p, [mlp.down_proj.weight], self.x, residual=self.x, gated=one)
+
+    def _moe(self, moe: Any, norm: Any) -> None:
+        router, experts, shared = moe.gate, moe.experts, moe.shared_experts
+        x = self.x
+        bias, gate_up, down = router.e_score_correction_bias, experts.gate_up_proj, experts.down_proj
+        rule = {
+            "factor": router.scaling_factor,
+            "biased": router.biased_weights,
+            "renormalize": router.renormalize,
+            "pdl": self._pdl,
+        }
+        chosen, weights = self.chosen, self.expert_weights
+        projections = shared and (shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight)
+        self._linear(x, [router.weight], self.router, norm)
+        if x.shape[0] == 1:
+            decode_expert_up(
+                x, norm.weight, norm.variance_epsilon, self.router, bias, gate_up, projections and projections[:2],
+                self.h, chosen, weights, experts_config(x.shape[1]), **rule,
+            )  # fmt: skip
+            config = down_config(down.shape[2])
+            decode_expert_down(self.h, chosen, weights, down, projections and projections[2], x, config, pdl=self._pdl)
+            return
+        decode_route(self.router, bias, chosen, weights, **rule)
+        decode_group(chosen, *self.groups, router.num_experts, pdl=self._pdl)
+        decode_grouped_experts(
+            self.normed, weights, self.groups, gate_up, down, projections, self.h, self.z, x,
+            grouped_configs(x.shape[1], down.shape[2], x.element_size(), self._gpu), self._upcast, self._pdl,
+        )  # fmt: skip
+
+
+__all__ = ["MAX_STEP_TOKENS", "DecodeStep"]

@@ -1,0 +1,213 @@
+"""Feed-forward layers: the gated MLP and the mixture of experts with shared expert (arXiv 2510.26692, section 4)."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.integrations import use_experts_implementation
+
+from ...configuration.configuration_kimi_linear import KimiLinearConfig
+from ...kernels.gpu.availability import fused_path_serves
+from ...kernels.prompt.expert_rows import route_fwd, silu_mul_fwd
+from ...kernels.prompt.grouped_experts import grouped_experts, grouped_experts_serve
+
+
+class KimiMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), without biases."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., hidden_size] -> the same shape."""
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        fused = gate.dtype == up.dtype and fused_path_serves(gate, up)
+        return self.down_proj(silu_mul_fwd(gate, up) if fused else F.silu(gate) * up)
+
+
+@use_experts_implementation
+class KimiExperts(nn.Module):
+    """Routed experts, stacked: `gate_up_proj` [E, 2 I, hidden_size] and `down_proj` [E, hidden_size, I].
+
+    The forward below is the "eager" backend of transformers' experts interface; `config._experts_implementation`
+    (grouped_mm, batched_mm, ...) replaces it.
+    """
+
+    def __init__(self, config: KimiLinearConfig) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.act_fn = nn.SiLU()
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum of the chosen experts' outputs, accumulated in fp32 and rounded once, as in the released code.
+
+        Args:
+            hidden_states: [N, hidden_size].
+            top_k_index: [N, k] experts of each token; `num_experts` and beyond mark experts of another rank.
+            top_k_weights: [N, k] fp32.
+
+        Returns:
+            [N, hidden_size].
+        """
+        output = torch.zeros_like(hidden_states, dtype=torch.float32)
+        for expert in top_k_index.unique().tolist():
+            if expert >= self.num_experts:
+                continue
+            token, slot = torch.where(top_k_index == expert)
+            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            expert_output = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            output.index_add_(0, token, expert_output.float() * top_k_weights[token, slot, None])
+        return output.to(hidden_states.dtype)
+
+
+class KimiTopkRouter(nn.Module):
+    """Sigmoid router in fp32 with a correction bias that steers the choice of experts, not their weights.
+
+    The bias (auxiliary-loss-free balancing, arXiv 2408.15664) is a buffer: no gradient reaches it. In training mode
+    the router counts the tokens that each expert gets, until `update_correction_bias` uses and clears the counts.
+    """
+
+    def __init__(self, config: KimiLinearConfig) -> None:
+        super().__init__()
+        self.top_k = config.num_experts_per_token
+        self.num_experts = config.num_experts
+        self.num_groups = config.num_expert_group
+        self.topk_group = config.topk_group
+        self.renormalize = config.moe_renormalize
+        self.scaling_factor = config.routed_scaling_factor
+        self.biased_weights = config.router_weight_uses_score_correction_bias
+        self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts))
+        self.tokens_per_expert: torch.Tensor | None = None
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Choose experts (reference section 3.4).
+
+        Args:
+            hidden_states: [N, hidden_size].
+
+        Returns:
+            logits [N, E] fp32, weights [N, k] fp32, experts [N, k] int64.
+        """
+        logits = self._logits(hidden_states)
+        if self._takes_fused(logits):
+            weights, experts = route_fwd(
+                logits,
+                self.e_score_correction_bias,
+                self.top_k,
+                self.renormalize,
+                self.scaling_factor,
+                self.biased_weights,
+            )
+            return logits, weights, experts
+        scores = logits.sigmoid()
+        biased = scores + self.e_score_correction_bias.float()
+        experts = self._within_best_groups(biased).topk(self.top_k, dim=-1, sorted=False).indices
+        weights = (biased if self.biased_weights else scores).gather(1, experts)
+        if self.renormalize:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        if self.training:
+            self._count(experts)
+        return logits, weights * self.scaling_factor, experts
+
+    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The product in fp32 of operands cast to fp32, [N, E].
+
+        Products of half-precision numbers are exact in fp32, so tensor cores that accumulate and return fp32 give the
+        same up to the order of summation, without the casts.
+        """
+        half = hidden_states.dtype in (torch.bfloat16, torch.float16) and hidden_states.dtype == self.weight.dtype
+        if half and fused_path_serves(hidden_states, self.weight):
+            return torch.mm(hidden_states, self.weight.t(), out_dtype=torch.float32)
+        return F.linear(hidden_states.float(), self.weight.float())
+
+    def _takes_fused(self, logits: torch.Tensor) -> bool:
+        chooses_groups = self.num_groups != self.topk_group
+        return not (self.training or chooses_groups) and fused_path_serves(logits, self.e_score_correction_bias)
+
+    def _within_best_groups(self, biased: torch.Tensor) -> torch.Tensor:
+        """Scores with -inf outside the `topk_group` groups whose two best experts score highest."""
+        if self.num_groups == self.topk_group:
+            return biased
+        grouped = biased.unflatten(-1, (self.num_groups, -1))
+        best_groups = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(self.topk_group, dim=-1, sorted=False).indices
+        chosen = torch.zeros(grouped.shape[:-1], dtype=torch.bool, device=biased.device).scatter_(1, best_groups, True)
+        return grouped.masked_fill(~chosen[..., None], float("-inf")).flatten(1)
+
+    @torch.no_grad()
+    def _count(self, experts: torch.Tensor) -> None:
+        ones = torch.ones_like(experts.flatten())
+        counts = ones.new_zeros(self.num_experts).scatter_add(0, experts.flatten(), ones)
+        self.tokens_per_expert = counts if self.tokens_per_expert is None else self.tokens_per_expert + counts
+
+    @torch.no_grad()
+    def update_correction_bias(self, rate: float = 1e-3) -> torch.Tensor | None:
+        """Raise the bias of experts that got fewer tokens than the mean and lower that of the others, by `rate`.
+
+        Call it after each optimiser step; with torch.distributed initialised the counts of all ranks are added first.
+        The bias turns fp32 at the first update, because steps of 1e-3 vanish in bf16.
+
+        Returns:
+            The counts used, [E] int64, or None if no token was routed since the last call.
+        """
+        counts = self.tokens_per_expert
+        if counts is None:
+            return None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(counts)
+        load = counts.float()
+        self.e_score_correction_bias = self.e_score_correction_bias.float() + rate * (load.mean() - load).sign()
+        self.tokens_per_expert = None
+        return counts
+
+
+class KimiSparseMoeBlock(nn.Module):
+    """Routed experts plus the shared expert, which every token visits with weight one."""
+
+    def __init__(self, config: KimiLinearConfig) -> None:
+        super().__init__()
+        self.gate = KimiTopkRouter(config)
+        self.experts = KimiExperts(config)
+        self.shared_experts = (
+            KimiMLP(config.hidden_size, config.moe_intermediate_size * config.num_shared_experts)
+            if config.num_shared_experts
+            else None
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[B, T, hidden_size] -> the same shape."""
+        tokens = hidden_states.flatten(0, -2)
+        _, weights, experts = self.gate(tokens)
+        if self._takes_grouped(tokens):
+            shared = None if self.shared_experts is None else self.shared_experts(tokens)
+            parameters = self.experts.gate_up_proj, self.experts.down_proj
+            return grouped_experts(tokens, experts, weights, *parameters, shared).view(hidden_states.shape)
+        output = self.experts(tokens, experts, weights).view(hidden_states.shape)
+        return output if self.shared_experts is None else output + self.shared_experts(hidden_states)
+
+    def _takes_grouped(self, tokens: torch.Tensor) -> bool:
+        """Whether to compute the experts here, from their parameters, instead of calling the module.
+
+        Only where "grouped_mm", transformers' default, is configured, and where nothing else hangs on the module: an
+        adapter, sharded or quantised weights, a hook. accelerate's hook that only says which device a module is on is
+        harmless; one that brings the weights from elsewhere (`offload`) is not.
+        """
+        experts = self.experts
+        if type(experts) is not KimiExperts or experts.config._experts_implementation != "grouped_mm":
+            return False
+        hook = getattr(experts, "_hf_hook", None)
+        if hook is not None and getattr(hook, "offload", True):
+            return False
+        hooked = experts._forward_hooks or experts._forward_pre_hooks or getattr(experts, "_is_expert_parallel", False)
+        return not hooked and grouped_experts_serve(tokens, experts.gate_up_proj, experts.down_proj)
+
+
+__all__ = ["KimiExperts", "KimiMLP", "KimiSparseMoeBlock", "KimiTopkRouter"]

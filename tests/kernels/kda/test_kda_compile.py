@@ -1,0 +1,105 @@
+"""
+Every KDA kernel with the configurations of the table, compiled offline for the GPU classes of the table: no GPU is
+needed.
+
+The launchers run as they are; a launch compiles instead. What can't be launched fails (shared memory over the class's
+limit, code that the compiler turned into a trap), as does a kernel whose registers the assembler gave up on, and a
+table of registers, spills and shared memory is printed (`pytest -s`).
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from offline_compile import SHARED_LIMIT, TARGETS, assembler_messages, compiling, resources
+
+from kimi_linear.kernels.gpu.classes import CLASSES
+from kimi_linear.kernels.kda import index as kda_index
+from kimi_linear.kernels.kda import inter as kda_inter
+from kimi_linear.kernels.kda import intra as kda_intra
+from kimi_linear.kernels.kda import operators as kda_operators
+from kimi_linear.kernels.kda import step as kda_step
+from kimi_linear.kernels.kda.configs import inter_config, intra_config, step_config
+
+# Bytes (AMD: registers). Seen from the assembler giving up: 7,376, with 32 registers; otherwise at most 1,104 in the
+# forward, and 5,696 in the decode step with heads of 256.
+SPILL_LIMIT = {"kda_step_fwd_kernel": 6 << 10}
+KERNELS = [
+    kda_index.kda_index_fwd_kernel, kda_intra.kda_intra_fwd_kernel,
+    kda_inter.kda_inter_fwd_kernel, kda_step.kda_step_fwd_kernel,
+]  # fmt: skip
+
+
+def launch_all(gpu, K, V, dtype, packed, B=1, T=128):
+    """One launch of every kernel, as the ops launch them on class `gpu`."""
+    H, W, name = 2, 4, str(dtype).removeprefix("torch.")
+    q, k, g = (torch.empty(B, T, H, K, dtype=dtype) for _ in range(3))
+    v, beta = torch.empty(B, T, H, V, dtype=dtype), torch.empty(B, T, H, dtype=dtype)
+    A_log, dt_bias, state = torch.empty(H), torch.empty(H * K), torch.empty(B, H, K, V)
+    intra = intra_config(gpu, K, name)
+    index = None
+    if packed:
+        cu_seqlens = torch.zeros(2, dtype=torch.int32)
+        index = (cu_seqlens, *kda_index.kda_index_fwd(cu_seqlens, T, intra.C))
+    NT = -(-T // intra.C)
+    tiles = kda_operators._tiles(q, B * NT, intra.C)
+    kda_intra.kda_intra_fwd(q, k, g, beta, A_log, dt_bias, 0.1, 0, NT, 0, index, tiles, intra, False)
+    inter = inter_config(gpu, K, V, name)
+    for initial in (None, state):
+        kda_inter.kda_inter_fwd(v, torch.empty_like(v), initial, state, 0, NT, 0, index, tiles, inter, False)
+    sizes = (H * K, H * K, H * V)
+    xq, xk, xv = (torch.empty(B, T, n, dtype=dtype) for n in sizes)
+    kda_step.kda_step_fwd(
+        xq, xk, xv, xq, torch.empty(B, T, H, dtype=dtype), xv, torch.empty(B, T, H, V, dtype=dtype),
+        tuple(torch.empty(n, W, dtype=dtype) for n in sizes), tuple(torch.empty(B, n, W - 1, dtype=dtype) for n in
+        sizes), A_log, dt_bias, torch.empty(V, dtype=dtype), state, None, 0.1, 1e-5, step_config(K, V),
+    )  # fmt: skip
+
+
+CASES = [  # K, V, dtype, packed
+    (128, 128, torch.bfloat16, False),
+    (128, 128, torch.float32, False),
+    (256, 256, torch.bfloat16, False),
+    (64, 64, torch.float16, True),
+]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "K", "V", "dtype", "packed"),
+    [(gpu, *case) for gpu in CLASSES for case in CASES] + [("sm_90", 128, 128, torch.bfloat16, True)],
+)
+def test_compiles_and_fits(gpu, K, V, dtype, packed, monkeypatch):
+    target = TARGETS[gpu]
+    with compiling(KERNELS, target, monkeypatch) as compiled:
+        launch_all(gpu, K, V, dtype, packed)
+    assert {name for name, _ in compiled} >= {kernel.__name__ for kernel in KERNELS[not packed :]}
+    for name, kernel in compiled:
+        registers, spilled = resources(kernel, target.backend)
+        shared = kernel.metadata.shared
+        print(f"{gpu:7} K {K:3} {dtype} {name:22} registers {registers:3} spilled {spilled:5} shared {shared:6}")
+        assert registers >= 16, (name, registers)  # 4: nothing but a trap
+        assert spilled <= SPILL_LIMIT.get(name, 2 << 10), (name, spilled)
+        # Desktop GPUs (sm_86, sm_89, sm_120) take the sm_80 choices and have 99 KiB.
+        limit = 99 << 10 if gpu == "sm_80" and dtype == torch.bfloat16 else SHARED_LIMIT[gpu]
+        assert shared <= limit, (name, shared)
+
+
+def test_hopper_products_overlap(monkeypatch):
+    """ptxas puts a wait behind every tensor-core instruction of a kernel that it can't see through, and says so."""
+    with compiling(KERNELS, TARGETS["sm_90"], monkeypatch) as compiled:
+        launch_all("sm_90", 128, 128, torch.bfloat16, False)
+    kernel = dict(compiled)["kda_inter_fwd_kernel"]
+    assert "wgmma" in kernel.asm["ptx"]
+    messages = assembler_messages(kernel, "sm_90a")
+    assert "Used" in messages and "serialized" not in messages, messages
+
+
+@pytest.mark.parametrize(("K", "V"), [(128, 128), (20, 40)])
+def test_lengths_and_batches_share_compiled_kernels(K, V, monkeypatch):
+    """Lengths and batches that are multiples of 16, odd or 1, with a state or none: one version of each kernel."""
+    with compiling(KERNELS, TARGETS["sm_90"], monkeypatch) as compiled:
+        for B, T in ((1, 1), (1, 101), (2, 333), (3, 4096)):
+            launch_all("sm_90", K, V, torch.bfloat16, False, B, T)
+    names = {kernel.hash: name for name, kernel in compiled}.values()
+    assert sorted(names) == sorted(kernel.__name__ for kernel in KERNELS[1:])
