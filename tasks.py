@@ -2,11 +2,14 @@
 """Set-up and checks in one place; needs nothing but Python >= 3.10 with pip.
 
     python3 tasks.py demo     generate text with the small trained checkpoint, through AutoModelForCausalLM
-    python3 tasks.py test     run the tests            [--transformers oldest] [pytest arguments]
+    python3 tasks.py test     run the tests            [--transformers VERSION] [pytest arguments]
     python3 tasks.py lint     ruff, lint and format
     python3 tasks.py wheel    build the wheel, install it into a fresh environment, export a folder with it
 
-Each command makes the virtual environment it needs (.venv, .venv-oldest, .venv-wheel) on its first run.
+VERSION is a number, or newest (5.24.0, which needs Python 3.11), oldest (5.10.1), or latest: whatever pip finds, be it
+outside the range that pyproject.toml claims.
+
+Each command makes the virtual environment it needs (.venv, .venv-tf-VERSION, .venv-wheel) on its first run.
 """
 
 import argparse
@@ -17,8 +20,8 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-# What each lane of the tests installs. The range in pyproject.toml is what lies between them.
-TRANSFORMERS = {"newest": "5.23.0", "oldest": "5.10.1"}
+# The lanes of CI. The range in pyproject.toml is what lies between them.
+TRANSFORMERS = {"newest": "5.24.0", "oldest": "5.10.1"}
 TORCH = "2.13.0"
 TRITON = "3.9.0"
 RUFF = "0.17.6"
@@ -47,31 +50,45 @@ def environment(name: str, *requirements: str) -> Path:
     return python
 
 
+def test_environment(version: str) -> Path:
+    """The python of the environment with transformers `version`, or with the latest that pip finds."""
+    version = TRANSFORMERS.get(version, version)
+    torch, triton = f"torch=={TORCH} numpy", f"triton=={TRITON}"
+    if version != "latest":
+        name = ".venv" if version == TRANSFORMERS["newest"] else f".venv-tf-{version}"
+        return environment(name, torch, f"transformers=={version}", triton, "-e .[dev]")
+    python = environment(".venv-tf-latest", torch, triton, "-e .[dev]")
+    # By itself and in every run: pip then goes beyond the range of pyproject.toml (and says so).
+    run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--upgrade", "transformers")
+    run(python, "-c", "import transformers; print('transformers', transformers.__version__)")
+    return python
+
+
 def main() -> None:
     """Parse the command line and run one task."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=["demo", "test", "lint", "wheel"])
-    parser.add_argument("--transformers", choices=sorted(TRANSFORMERS), default="newest", help="lane of the tests")
+    parser.add_argument(
+        "--transformers", metavar="VERSION", default="newest", help="a number, newest, oldest or latest"
+    )
     arguments, rest = parser.parse_known_args()
     if rest and arguments.task not in ("test", "demo"):
         parser.error(f"{arguments.task} takes no further arguments, got {' '.join(rest)}")
 
-    torch = f"torch=={TORCH} numpy"
-    transformers = f"transformers=={TRANSFORMERS[arguments.transformers]}"
     if arguments.task == "lint":
         python = environment(".venv-lint", f"ruff=={RUFF}")
         run(python, "-m", "ruff", "check", ".")
         run(python, "-m", "ruff", "format", "--check", ".")
     elif arguments.task == "wheel":
-        python = environment(".venv-wheel", torch, f"{transformers} build")
+        newest = f"transformers=={TRANSFORMERS['newest']}"
+        python = environment(".venv-wheel", f"torch=={TORCH} numpy", f"{newest} build")
         run(python, "-m", "build", "--wheel", "--outdir", "dist")
         wheel = max((ROOT / "dist").glob("*.whl"), key=lambda path: path.stat().st_mtime)
         run(python, "-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps", wheel)
         run(python, "-m", "pip", "install", "--quiet", wheel)
         run(python, "-P", "-m", "kimi_linear.hub_card.demo")
     else:
-        name = ".venv" if arguments.transformers == "newest" else ".venv-oldest"
-        python = environment(name, torch, transformers, f"triton=={TRITON}", "-e .[dev]")
+        python = test_environment(arguments.transformers)
         if arguments.task == "demo":
             run(python, "-m", "kimi_linear.hub_card.demo", *rest)
         else:

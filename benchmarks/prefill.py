@@ -22,6 +22,7 @@ from benchmarks.full_model import free_memory, held_bytes, native_model, random_
 from benchmarks.record import write
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
+from kimi_linear.modeling.transformers_versions import CACHE_NAME
 
 # tokens: (goal s, goal GiB, native s, native GiB, limit s). Native: transformers 5.23.0 with fla 0.6.0 on one H200,
 # 2026-11-23. Limit: operations at 690 TFLOP/s, the bf16 rate measured there.
@@ -49,7 +50,7 @@ def measure(model: torch.nn.Module, tokens: int, repeats: int, **options: Any) -
         elapsed = time.perf_counter() - start
         if not finite:
             raise SystemExit(f"{tokens} tokens: the logits are not finite")
-        cache_gib = held_bytes(output.past_key_values) / _GIB
+        cache_gib = held_bytes(getattr(output, CACHE_NAME)) / _GIB
         del output
         if run or tokens > 131072:
             seconds.append(elapsed)

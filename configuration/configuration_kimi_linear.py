@@ -75,7 +75,7 @@ class KimiLinearConfig(PreTrainedConfig):
     """
 
     model_type = "kimi_linear"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     attribute_map: ClassVar[dict[str, str]] = {
         "max_position_embeddings": "model_max_length",
         "num_experts_per_tok": "num_experts_per_token",

@@ -3,6 +3,9 @@
 The loader finds the files that belong to a module with a regular expression over the text: lines that read
 `from .name import ...`, siblings only. Before importing, it requires every top-level package named outside a `try`, in
 functions too. What it would miss is refused here, with file, line and mend, instead of failing on a user's machine.
+
+A flat file is named after its path below the top folder: `kernels/kda/intra.py` becomes `kda_intra.py`, and
+`modeling/modeling_kimi_linear.py`, which lies in no room, keeps its name.
 """
 
 import ast
@@ -28,7 +31,7 @@ def flatten_sources(
     """The entry modules and all that they import from each other, as flat files.
 
     Args:
-        entry_modules: paths below `root`, as `folder/name.py`.
+        entry_modules: paths below `root`, as `folder/name.py` or `folder/room/name.py`.
         root: folder of the source folders.
         package_version: what the header comments say; by default the installed version.
 
@@ -36,7 +39,8 @@ def flatten_sources(
         File name to text, sorted by name; the same for the same sources, byte for byte.
 
     Raises:
-        ValueError: for what the loader would miss; the message names file, line, statement and mend.
+        ValueError: for what the loader would miss, and for two files of one flat name; the message names file, line,
+            statement and mend.
     """
     package_version = package_version or version("kimi-linear")
     texts: dict[str, str] = {}
@@ -44,10 +48,13 @@ def flatten_sources(
     queue = list(entry_modules)
     while queue:
         source = queue.pop(0)
-        name = source.rpartition("/")[2]
+        name = _flat_name(source)
         # Lower case, because two such files would be one on macOS and Windows.
         if (known := origins.setdefault(name.lower(), source)) != source:
-            raise ValueError(f"{source} and {known} would be one file in a Hub folder, which is flat: rename one")
+            raise ValueError(
+                f"{source} and {known} would both be {name.lower()} in a Hub folder, which is flat, where upper and "
+                "lower case don't differ: rename one"
+            )
         if name in texts:
             continue
         text, needed = _flatten_module(source, root)
@@ -77,6 +84,15 @@ def third_party_packages(texts: Iterable[str]) -> dict[str, bool]:
     return dict(sorted(required.items(), key=lambda item: (not item[1], item[0])))
 
 
+def _flat_name(source: str) -> str:
+    """File name in the Hub folder of a source path: rooms and file joined by `_`, without the top folder."""
+    return "_".join(source.split("/")[1:])
+
+
+def _flat_module(source: str) -> str:
+    return _flat_name(source).removesuffix(".py")
+
+
 def _flatten_module(source: str, root: Path) -> tuple[str, list[str]]:
     """Text of one module with flat imports, and the source files it needs."""
     path = root / source
@@ -88,21 +104,19 @@ def _flatten_module(source: str, root: Path) -> tuple[str, list[str]]:
     except SyntaxError as error:
         raise ValueError(f"{source}, line {error.lineno}: {error.msg}; correct the file") from error
     lines = text.split("\n")
-    needed: list[str] = []
-    relative = []
+    relative: dict[ast.ImportFrom, str] = {}
     for node, guarded in _imports(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
-            needed.append(_target_of(node, source, lines, root))
-            relative.append(node)
+            relative[node] = _target_of(node, source, lines, root)
         else:
             _check_absolute(node, guarded, source, lines)
     _refuse_dynamic_imports(tree, source, lines)
     # From the last to the first, so that columns of what is still to be rewritten stay right.
     for node in sorted(relative, key=lambda node: (node.lineno, node.col_offset), reverse=True):
-        lines[node.lineno - 1] = _with_flat_import(lines[node.lineno - 1], node)
+        lines[node.lineno - 1] = _with_flat_import(lines[node.lineno - 1], node, _flat_module(relative[node]))
     flat = "\n".join(lines)
-    _check_loader_sees(flat, {target.rpartition("/")[2].removesuffix(".py") for target in needed}, source)
-    return flat, needed
+    _check_loader_sees(flat, {_flat_module(target) for target in relative.values()}, source)
+    return flat, list(relative.values())
 
 
 def _imports(tree: ast.AST, guarded: bool = False) -> Iterable[tuple[ast.Import | ast.ImportFrom, bool]]:
@@ -128,29 +142,27 @@ def _packages(node: ast.Import | ast.ImportFrom) -> list[str]:
     return [] if node.level else [node.module.split(".")[0]]
 
 
+_MEND = "write 'from .module import name', or 'from ..room.module import name' for another folder"
+
+
 def _target_of(node: ast.ImportFrom, source: str, lines: list[str], root: Path) -> str:
-    """The source file a relative import names, as `folder/name.py`."""
-    folder = source.rpartition("/")[0]
-    parts = (node.module or "").split(".")
+    """The source file a relative import names, as a path below `root`."""
+
+    def refusal(problem: str, mend: str) -> ValueError:
+        return _refusal(source, node.lineno, lines, problem, mend)
+
     if node.module is None:
-        raise _refusal(
-            source, node.lineno, lines, "imports a module, not names from it", "write 'from .module import name'"
-        )
-    if node.level == 1 and len(parts) == 1:
-        target = f"{folder}/{parts[0]}.py"
-    elif node.level == 2 and len(parts) == 2:
-        target = f"{parts[0]}/{parts[1]}.py"
-    else:
-        raise _refusal(
-            source,
-            node.lineno,
-            lines,
-            "does not name a module in this or a neighbouring folder",
-            "write 'from .module import name' or 'from ..folder.module import name'",
-        )
-    if not (root / target).is_file():
-        raise _refusal(source, node.lineno, lines, f"needs {target}, which does not exist", "correct the module's name")
-    return target
+        raise refusal("imports a module, not names from it", _MEND)
+    folders = source.split("/")[:-1]
+    if node.level > len(folders) + 1:
+        raise refusal("leaves the package", _MEND)
+    parts = [*folders[: len(folders) - (node.level - 1)], *node.module.split(".")]
+    target = "/".join(parts) + ".py"
+    if (root / target).is_file() and len(parts) > 1:
+        return target
+    if (root / target).with_suffix("").is_dir():
+        raise refusal(f"imports from the folder {'/'.join(parts)}, not from a module in it", _MEND)
+    raise refusal(f"needs {target}, which does not exist", "correct the module's name")
 
 
 def _check_absolute(node: ast.Import | ast.ImportFrom, guarded: bool, source: str, lines: list[str]) -> None:
@@ -161,7 +173,7 @@ def _check_absolute(node: ast.Import | ast.ImportFrom, guarded: bool, source: st
                 node.lineno,
                 lines,
                 "needs our package, which is not installed where a Hub folder is loaded",
-                "write 'from .module import name' or 'from ..folder.module import name'",
+                _MEND,
             )
         if not guarded and package not in REQUIRED_PACKAGES and package not in sys.stdlib_module_names:
             raise _refusal(
@@ -183,10 +195,10 @@ def _refuse_dynamic_imports(tree: ast.AST, source: str, lines: list[str]) -> Non
                 )
 
 
-def _with_flat_import(line: str, node: ast.ImportFrom) -> str:
-    """`line` with this node's `from ..folder.name` written as `from .name`."""
+def _with_flat_import(line: str, node: ast.ImportFrom, module: str) -> str:
+    """`line` with what this node imports from written as `from .module`."""
     start = len(line.encode()[: node.col_offset].decode())
-    statement = re.sub(r"^from\s+\.[.\w]+", f"from .{node.module.rpartition('.')[2]}", line[start:])
+    statement = re.sub(r"^from\s+\.[.\w]+", f"from .{module}", line[start:])
     return line[:start] + statement
 
 

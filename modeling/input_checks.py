@@ -70,12 +70,14 @@ def _numbered(held: Any) -> torch.Tensor | None:
 
 
 def check_cache(cache: Any, config: KimiLinearConfig, batch_size: int) -> None:
-    """Raise ValueError unless `cache` was made for a model of this shape and holds this many rows."""
+    """Raise ValueError unless `cache` is whole, was made for a model of this shape and holds this many rows."""
     if not isinstance(cache, Cache):
         raise ValueError(
             f"past_key_values must be a Cache (KimiLinearCache, or transformers' DynamicCache/StaticCache made with "
             f"config=model.config), got {type(cache).__name__}"
         )
+    if hasattr(cache, "wholeness"):
+        cache.wholeness.check()
     expected = config.layer_types[: config.num_hidden_layers]  # fewer while a draft exits early
     if len(cache.layers) != config.num_hidden_layers:
         raise ValueError(

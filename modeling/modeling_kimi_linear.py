@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +12,11 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_outputs import (
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -35,6 +40,7 @@ from .layers.moe import KimiExperts, KimiMLP, KimiSparseMoeBlock, KimiTopkRouter
 from .layers.norms import KimiRMSNorm
 from .layers.sequence_layout import PaddingLayout, cu_seqlens_of_restarts, position_ids_of_packed
 from .prompt.segments import forward_in_segments, takes_segments
+from .transformers_versions import CACHE_NAME, as_argument, one_cache, warn_outside_range
 
 logger = logging.get_logger(__name__)
 
@@ -61,6 +67,7 @@ class KimiDecoderLayer(GradientCheckpointingLayer):
         padding: PaddingLayout | None = None,
         cu_seqlens: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """[B, T, hidden_size] -> the same shape.
@@ -71,8 +78,10 @@ class KimiDecoderLayer(GradientCheckpointingLayer):
             padding: for KDA layers, which tokens are padding.
             cu_seqlens: for KDA layers, boundaries of packed sequences.
             past_key_values: the cache, updated in place.
+            cache: another name of `past_key_values`.
             kwargs: passed to the attention function of MLA layers.
         """
+        past_key_values = one_cache(past_key_values, cache, kwargs)
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
         if self.is_kda:
@@ -96,7 +105,7 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["KimiDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # the layers' name, and the boundary's since 5.24
     # Kept in fp32 when the model is loaded in bf16 or fp16: rounding A_log changes exp(A_log) by up to 0.9%.
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
     _supports_sdpa = True
@@ -113,6 +122,7 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
     }
 
     def __init__(self, config: KimiLinearConfig, *args: Any, **kwargs: Any) -> None:
+        warn_outside_range()
         config.check_consistency()  # fields may have been changed since the config was built
         super().__init__(config, *args, **kwargs)
 
@@ -195,6 +205,13 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
                 module.update_correction_bias(rate)
 
 
+def _taking_tokens(cache: Cache | None) -> AbstractContextManager[None]:
+    """See `KimiLinearCache.taking_tokens`; caches of transformers, and compiled graphs, go without."""
+    if isinstance(cache, KimiLinearCache) and not torch.compiler.is_compiling():
+        return cache.taking_tokens("a forward")
+    return nullcontext()
+
+
 class KimiLinearModel(KimiLinearPreTrainedModel):
     """The decoder: embedding, layers, final norm."""
 
@@ -218,6 +235,7 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
         use_cache: bool | None = None,
         keep_last: int | None = None,
         prompt_progress: Callable[[int, int], None] | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
         """Run new tokens through the decoder.
@@ -233,12 +251,15 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
             keep_last: how many last positions of `last_hidden_state` are needed; a prompt taken in segments (see
                 prompt_segments) leaves out the others.
             prompt_progress: called with (tokens done, tokens of the prompt) after each segment of such a prompt.
+            cache: another name of `past_key_values`, transformers' own since 5.24.
             kwargs: `cu_seq_lens_q` [N + 1] (with `cu_seq_lens_k`, `max_length_q`, ...) for packed sequences,
                 `output_hidden_states`, `output_attentions` (eager attention only), `output_router_logits`.
 
         Raises:
             ValueError: for token ids outside the vocabulary, a mask or cache that doesn't fit, or bad boundaries.
+            TypeError: for a cache under a name that is none of its two.
         """
+        past_key_values = one_cache(past_key_values, cache, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         tokens = input_ids if inputs_embeds is None else inputs_embeds
@@ -282,21 +303,21 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
         padding_mask = attention_mask.get("linear_attention")
         padding = None if padding_mask is None else PaddingLayout.from_mask(padding_mask)
 
-        hidden_states = inputs_embeds
-        for layer in self.layers[: self.config.num_hidden_layers]:
-            hidden_states = layer(
-                hidden_states,
-                attention_mask=attention_mask.get("full_attention"),
-                padding=padding,
-                cu_seqlens=cu_seqlens,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-                **kwargs,
-            )
-        return MoeModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
-        )
+        with _taking_tokens(past_key_values):
+            hidden_states = inputs_embeds
+            for layer in self.layers[: self.config.num_hidden_layers]:
+                hidden_states = layer(
+                    hidden_states,
+                    attention_mask=attention_mask.get("full_attention"),
+                    padding=padding,
+                    cu_seqlens=cu_seqlens,
+                    position_ids=position_ids,
+                    # By this name GradientCheckpointingLayer finds it and leaves it out; else a replay would write it.
+                    **{CACHE_NAME: past_key_values},
+                    **kwargs,
+                )
+            hidden_states = self.norm(hidden_states)
+        return MoeModelOutputWithPast(last_hidden_state=hidden_states, **as_argument(past_key_values))
 
     def _past_length(self, past_key_values: Cache | None) -> int | None:
         """Cached positions, or None where only transformers' linear-attention layers, which don't count, hold them."""
@@ -363,6 +384,7 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiGenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         prompt_progress: Callable[[int, int], None] | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """As `KimiLinearModel.forward`, and logits.
@@ -376,41 +398,46 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiGenerationMixin):
         Returns:
             logits [B, T or logits_to_keep, vocab_size], the loss if `labels` are given, and what else was asked for.
         """
+        past_key_values = one_cache(past_key_values, cache, kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if labels is None and inputs_embeds is None:
             logits = self._step_logits(input_ids, attention_mask, past_key_values, kwargs)
             if logits is not None:
-                return MoeCausalLMOutputWithPast(logits=logits[:, kept], past_key_values=past_key_values)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            keep_last=logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep > 0 else None,
-            prompt_progress=prompt_progress,
-            **kwargs,
-        )
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            check_labels(labels, *logits.shape, ignore_index=kwargs.get("ignore_index", -100))
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+                return MoeCausalLMOutputWithPast(logits=logits[:, kept], **as_argument(past_key_values))
+        with _taking_tokens(past_key_values):
+            outputs = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                keep_last=logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep > 0 else None,
+                prompt_progress=prompt_progress,
+                **kwargs,
+            )
+            logits = self.lm_head(outputs.last_hidden_state[:, kept])
+            loss = None
+            if labels is not None:
+                check_labels(labels, *logits.shape, ignore_index=kwargs.get("ignore_index", -100))
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
+            **as_argument(outputs.get(CACHE_NAME)),
         )
 
     @staticmethod
-    def create_masks_for_generate(**kwargs: Any) -> dict[str, torch.Tensor | None]:
+    def create_masks_for_generate(
+        past_key_values: Cache | None = None, cache: Cache | None = None, **kwargs: Any
+    ) -> dict[str, torch.Tensor | None]:
         """Masks made ahead of a compiled step, by layer type (called by `generate`)."""
-        names = ("config", "inputs_embeds", "attention_mask", "past_key_values", "position_ids")
-        return make_masks(**{name: kwargs.get(name) for name in names})
+        names = ("config", "inputs_embeds", "attention_mask", "position_ids")
+        arguments = {name: kwargs.pop(name, None) for name in names}
+        return make_masks(**arguments, past_key_values=one_cache(past_key_values, cache, kwargs))
 
 
 class KimiLinearForSequenceClassification(GenericForSequenceClassification, KimiLinearPreTrainedModel):
@@ -423,6 +450,34 @@ class KimiLinearForSequenceClassification(GenericForSequenceClassification, Kimi
         self.model = KimiLinearModel(config)
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """As transformers' generic classifier, arguments as in `KimiLinearModel.forward`.
+
+        Args:
+            labels: [B] classes, or what `config.problem_type` asks for.
+        """
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            **as_argument(one_cache(past_key_values, cache, kwargs)),
+            **kwargs,
+        )
 
 
 __all__ = [

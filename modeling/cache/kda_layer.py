@@ -56,11 +56,10 @@ class KDACacheLayer(LinearAttentionCacheLayerMixin):
         seen_tokens: positions appended, padding included; equals the MLA layers' length.
         recording: what `crop` needs, or None while nothing is recorded.
         weights: of the layer that filled this one, or None.
+        is_changing: whether state and window may lie between those of two lengths: set while they are changed.
     """
 
     is_compileable = False
-    # Once `activate_past_recording` was called, which is how transformers asks for it.
-    is_croppable = True
     number_of_states = 1
 
     def __init__(self) -> None:
@@ -69,6 +68,7 @@ class KDACacheLayer(LinearAttentionCacheLayerMixin):
         self.seen_tokens = 0
         self.recording: KDARecording | None = None
         self.weights: KDAStepWeights | None = None
+        self.is_changing = False
         self.device: torch.device | None = None
 
     # transformers addresses the tensors of a linear-attention layer by these names, with a state index of 0.
@@ -102,6 +102,11 @@ class KDACacheLayer(LinearAttentionCacheLayerMixin):
         """Whether the layer records what `crop` needs (transformers' name)."""
         return self.recording is not None
 
+    @property
+    def is_croppable(self) -> bool:
+        """Whether tokens can be taken back (transformers' name): if they are recorded, or there are none."""
+        return self.record_past or self.seen_tokens == 0
+
     def lazy_initialization(
         self, conv_states: torch.Tensor | None = None, recurrent_states: torch.Tensor | None = None, **_: Any
     ) -> None:
@@ -125,10 +130,12 @@ class KDACacheLayer(LinearAttentionCacheLayerMixin):
 
     def store(self, window: torch.Tensor, state: torch.Tensor, new_tokens: int) -> None:
         """Take over what `new_tokens` more positions leave behind; recorded positions before them are forgotten."""
+        self.is_changing = True
         if self.recording is not None:
             self.recording.restart()
         self.lazy_initialization(conv_states=window, recurrent_states=state)
         self.seen_tokens += new_tokens
+        self.is_changing = False
 
     def begin_step(
         self, new_tokens: int, batch_size: int, window_shape: tuple, state_shape: tuple, like: torch.Tensor
@@ -151,6 +158,7 @@ class KDACacheLayer(LinearAttentionCacheLayerMixin):
             window, state = _writable(self.window), _writable(self.state)
         if self.recording is not None:
             self.recording.prepare(window, state, new_tokens)
+        self.is_changing = True
         return window, state
 
     def store_step(
@@ -164,6 +172,7 @@ class KDACacheLayer(LinearAttentionCacheLayerMixin):
         if self.recording is not None:
             self.recording.append(inputs, valid)
         self.seen_tokens += inputs[0].shape[1]
+        self.is_changing = False
 
     def recorded_of(self, new_tokens: int) -> int:
         """How many of the `new_tokens` positions of a call get recorded, the last ones: all, unless it is a prompt.
@@ -189,11 +198,13 @@ class KDACacheLayer(LinearAttentionCacheLayerMixin):
             recorded: whether it also wrote `recording.inputs` from row `recording.length` on, behind
                 `prepare_recording(new_tokens)`. If not, positions up to here can't be taken back any more.
         """
-        self.seen_tokens += new_tokens
+        if self.recording is not None and not recorded:
+            self.recording.restart()
+        # From here on nothing is called, so that no signal handler can come in between.
         if self.recording is not None and recorded:
             self.recording.length += new_tokens
-        elif self.recording is not None:
-            self.recording.restart()
+        self.seen_tokens += new_tokens
+        self.is_changing = False
 
     def get_seq_length(self) -> int:
         """Positions appended so far."""
@@ -260,13 +271,38 @@ class KDACacheLayer(LinearAttentionCacheLayerMixin):
         self.recording.truncate(keep, row_keep)
         self.seen_tokens -= tokens
 
-    def restore(self, window: torch.Tensor | None, state: torch.Tensor | None, seen_tokens: int) -> None:
-        """Continue from copies of a window and a state; recorded positions are forgotten."""
+    def undo(self, seen_tokens: int) -> bool:
+        """After a call that failed: go back to `seen_tokens` positions, those before the call. False if that can't be.
+
+        It can be if nothing was changed, or if the positions before the call are recorded.
+        """
+        taken = self.seen_tokens - seen_tokens
+        if taken == 0 and not self.is_changing:
+            return True
+        recording = self.recording
+        if recording is None or self.state is None or not recording.can_replay(recording.length - taken):
+            return False
+        self.is_changing = True
+        self.roll_back(taken)
+        if taken == 0:  # the failed call stepped on from here, in place
+            self._overwrite(*recording.replay(self.weights, recording.length))
+        self.is_changing = False
+        return True
+
+    def restore(
+        self,
+        window: torch.Tensor | None,
+        state: torch.Tensor | None,
+        seen_tokens: int,
+        weights: KDAStepWeights | None,
+    ) -> None:
+        """Continue from copies of a window and a state, and by these weights; recorded positions are forgotten."""
         if state is None:
             self.reset()
             return
         self._overwrite(window.clone(), state.clone())
-        self.seen_tokens = seen_tokens
+        self.seen_tokens, self.is_changing = seen_tokens, False
+        self.weights = weights or self.weights
         if self.recording is not None:
             self.recording.restart()
 
@@ -285,7 +321,7 @@ class KDACacheLayer(LinearAttentionCacheLayerMixin):
     def reset(self) -> None:
         """Forget every token."""
         self.state = self.window = None
-        self.seen_tokens = 0
+        self.seen_tokens, self.is_changing = 0, False
         if self.recording is not None:
             self.recording = KDARecording(self.recording.capacity)
 

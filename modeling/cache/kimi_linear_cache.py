@@ -12,6 +12,9 @@ file.
 """
 
 import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from .kda_layer import KDACacheLayer, tokens_to_crop
 from .latent_layer import LatentCacheLayer
 from .recording import RECORDED_TOKENS
 from .snapshots import CacheSnapshot, attention_layers, check_same_shape, load_snapshot, model_shape, save_snapshot
+from .wholeness import Wholeness
 
 
 class KimiLinearCache(Cache):
@@ -43,6 +47,11 @@ class KimiLinearCache(Cache):
         super().__init__(layers=[KDACacheLayer() if kda else LatentCacheLayer() for kda in is_kda])
         # Set between `generate` and its first call, see expect_whole_prompt (generate/speculative.py).
         self.awaits_whole_prompt = False
+        # Speculative decoding: accepted tokens when the last draft began, or when its refused tokens were taken back.
+        self.accepted_tokens = 0
+        self.wholeness = Wholeness()
+        # What follows the last token, if an interrupted `generate` left it (NextLogits (generate/resume.py)).
+        self.next_logits: Any = None
 
     def __repr__(self) -> str:
         kda = len(self._kda_layers)
@@ -91,6 +100,16 @@ class KimiLinearCache(Cache):
         """(kv_length, kv_offset) for a mask over what MLA layers attend to."""
         return self.layers[layer_idx].get_mask_sizes(query_length)
 
+    @property
+    def is_linear(self) -> list[bool]:
+        """Which layers are KDA; none if all are.
+
+        transformers 5.24 asks this to learn whether anything counts tokens, and ours do: without a count, `generate()`
+        would run the tokens that the cache holds again.
+        """
+        is_kda = [isinstance(layer, KDACacheLayer) for layer in self.layers]
+        return [False] * len(is_kda) if all(is_kda) else is_kda
+
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         """Whether KDA layer `layer_idx` (the last one by default) has seen a token."""
         layers = self.layers if layer_idx is None else [self.layers[layer_idx]]
@@ -101,6 +120,38 @@ class KimiLinearCache(Cache):
                 + ("the cache has none" if layer_idx is None else f"layer {layer_idx} is an MLA layer")
             )
         return kda[-1].state is not None
+
+    # A change that fails half way
+
+    def changing(
+        self, what: str, undo: Callable[[], bool] | None = None, mends: bool = False
+    ) -> AbstractContextManager[None]:
+        """The context in which more than one layer is changed; arguments and errors as `Wholeness.change`."""
+        self.next_logits = None
+        return self.wholeness.change(what, undo, mends)
+
+    def taking_tokens(self, what: str) -> AbstractContextManager[None]:
+        """The context in which a call appends tokens to all layers.
+
+        If it fails, an empty cache becomes empty again, and a cache that records what it was before the call. Any other
+        cache refuses further use until `restore` or `reset`.
+
+        Args:
+            what: the call, for the error.
+
+        Raises:
+            ValueError: if the cache is not whole, or another thread is changing it.
+        """
+        return self.changing(what, partial(self.undo, self.get_seq_length()))
+
+    def undo(self, seen_tokens: int) -> bool:
+        """Go back to the `seen_tokens` positions before a call that failed; False where that can't be."""
+        if seen_tokens == 0:
+            for layer in self.layers:
+                layer.reset()
+            return True
+        undone = [layer.undo(seen_tokens) for layer in self.layers]
+        return all(undone)
 
     # Taking tokens back
 
@@ -148,11 +199,14 @@ class KimiLinearCache(Cache):
         Raises:
             ValueError: if KDA layers have seen more tokens than that and didn't record them; nothing is changed then.
         """
+        self.wholeness.check()
         tokens = tokens_to_crop(tokens_to_remove, self.get_seq_length())
         for layer in self._kda_layers:
             layer.check_crop(tokens)
-        for layer in self.layers:
-            layer.roll_back(tokens)
+        with self.changing("crop"):
+            for layer in self.layers:
+                layer.roll_back(tokens)
+        self.accepted_tokens = self.get_seq_length() + 1
 
     def crop_rows(self, tokens_to_remove: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Take back another number of tokens from every row of the batch, as speculative decoding of a batch needs.
@@ -172,6 +226,7 @@ class KimiLinearCache(Cache):
         Raises:
             ValueError: for counts or a mask that don't fit, or more tokens than were recorded; nothing is changed then.
         """
+        self.wholeness.check()
         batch_size, length = self.batch_size, self.get_seq_length()
         if tuple(tokens_to_remove.shape) != (batch_size,) or tokens_to_remove.is_floating_point():
             raise ValueError(
@@ -189,11 +244,12 @@ class KimiLinearCache(Cache):
             raise ValueError(f"tokens_to_remove must be from 0 to {length}, got {counts.tolist()}")
         for layer in self._kda_layers:
             layer.check_crop(most)
-        for layer in self.layers:
-            if isinstance(layer, KDACacheLayer):
-                layer.roll_back(fewest, counts if most > fewest else None)
-            else:
-                layer.roll_back(fewest)
+        with self.changing("crop_rows"):
+            for layer in self.layers:
+                if isinstance(layer, KDACacheLayer):
+                    layer.roll_back(fewest, counts if most > fewest else None)
+                else:
+                    layer.roll_back(fewest)
         if attention_mask is None:
             attention_mask = torch.ones(batch_size, length, dtype=torch.int64, device=tokens_to_remove.device)
         columns = torch.arange(length - fewest, device=attention_mask.device)
@@ -204,16 +260,17 @@ class KimiLinearCache(Cache):
 
     def snapshot(self) -> CacheSnapshot:
         """A copy of what the cache holds, for `restore`; not of what was recorded."""
-        layers, sources = [], []
+        self.wholeness.check()
+        layers, weights = [], []
         for layer in self.layers:
             if isinstance(layer, KDACacheLayer):
                 held = {"window": layer.window, "state": layer.state}
-                sources.append(None if layer.weights is None else layer.weights.A_log)
+                weights.append(layer.weights)
             else:
                 held = {"rows": layer.rows}
-                sources.append(None)
+                weights.append(None)
             layers.append({name: x.detach().clone() for name, x in held.items() if x is not None})
-        return CacheSnapshot(self.model_shape, self.get_seq_length(), layers, sources)
+        return CacheSnapshot(self.model_shape, self.get_seq_length(), layers, weights)
 
     def restore(self, snapshot: CacheSnapshot) -> None:
         """Go back to a snapshot of this cache or of another one of the same model, any number of times.
@@ -226,17 +283,18 @@ class KimiLinearCache(Cache):
         if not isinstance(snapshot, CacheSnapshot):
             raise ValueError(f"restore takes what snapshot() returned, got {type(snapshot).__name__}")
         check_same_shape(snapshot.shape, self.model_shape, "the snapshot")
-        for i, source in enumerate(snapshot.sources):
-            weights = getattr(self.layers[i], "weights", None)
-            if source is not None and weights is not None and source is not weights.A_log:
+        for i, theirs in enumerate(snapshot.weights):
+            ours = getattr(self.layers[i], "weights", None)
+            if theirs is not None and ours is not None and theirs.A_log is not ours.A_log:
                 raise ValueError(
                     f"the snapshot was made by another model: layer {i} was filled by other weights than this cache's"
                 )
-        for layer, held in zip(self.layers, snapshot.layers, strict=True):
-            if isinstance(layer, KDACacheLayer):
-                layer.restore(held.get("window"), held.get("state"), snapshot.seen_tokens)
-            else:
-                layer.restore(held.get("rows"), self.model_shape["kv_lora_rank"])
+        with self.changing("restore", mends=True):
+            for layer, held, weights in zip(self.layers, snapshot.layers, snapshot.weights, strict=True):
+                if isinstance(layer, KDACacheLayer):
+                    layer.restore(held.get("window"), held.get("state"), snapshot.seen_tokens, weights)
+                else:
+                    layer.restore(held.get("rows"), self.model_shape["kv_lora_rank"])
 
     def fork(self, copies: int) -> list["KimiLinearCache"]:
         """`copies` caches that go on from here independently, recordings included; this one is left as it is.
@@ -245,6 +303,7 @@ class KimiLinearCache(Cache):
         """
         if copies < 1:
             raise ValueError(f"fork needs at least one copy, got {copies}")
+        self.wholeness.check()
         return [copy.deepcopy(self) for _ in range(copies)]
 
     def save(self, path: Any) -> None:
@@ -270,8 +329,9 @@ class KimiLinearCache(Cache):
             ValueError: if the file is damaged, of another version, or was made by another model or in another dtype.
         """
         cache, modules = cls(model.config), attention_layers(model)
-        sources = [getattr(modules.get(i), "A_log", None) for i in range(len(cache.layers))]
-        snapshot = load_snapshot(path, cache.model_shape, sources)
+        is_kda = [isinstance(layer, KDACacheLayer) for layer in cache.layers]
+        weights = [modules[i].step_weights() if kda else None for i, kda in enumerate(is_kda)]
+        snapshot = load_snapshot(path, cache.model_shape, weights)
         for i, held in enumerate(snapshot.layers):
             weight = modules[i].o_proj.weight
             for name, tensor in held.items():
@@ -293,7 +353,8 @@ class KimiLinearCache(Cache):
             ValueError: if a row doesn't exist; nothing is changed then. On a GPU this reads the values back.
         """
         self._check_rows(beam_idx)
-        super().reorder_cache(beam_idx)
+        with self.changing("reorder_cache"):
+            super().reorder_cache(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only the rows `indices`, numbers or a mask.
@@ -302,7 +363,13 @@ class KimiLinearCache(Cache):
             ValueError: if a row doesn't exist; nothing is changed then. On a GPU this reads the values back.
         """
         self._check_rows(indices)
-        super().batch_select_indices(indices)
+        with self.changing("batch_select_indices"):
+            super().batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch `repeats` times."""
+        with self.changing("batch_repeat_interleave"):
+            super().batch_repeat_interleave(repeats)
 
     def _check_rows(self, indices: torch.Tensor) -> None:
         batch_size = self.batch_size
@@ -319,9 +386,11 @@ class KimiLinearCache(Cache):
             )
 
     def reset(self) -> None:
-        """Forget every token of every layer."""
-        for layer in self.layers:
-            layer.reset()
+        """Forget every token of every layer; a cache that a failure left half way can be used again."""
+        self.awaits_whole_prompt = False
+        with self.changing("reset", mends=True):
+            for layer in self.layers:
+                layer.reset()
 
 
 def own_kda_layer(cache: Cache | None, layer_idx: int) -> KDACacheLayer | None:

@@ -152,6 +152,11 @@ class LatentCacheLayer(CacheLayerMixin):
         """Drop the last `tokens` rows."""
         self._length -= tokens
 
+    def undo(self, length: int) -> bool:
+        """After a call that failed: go back to the first `length` rows, those before the call. Always possible."""
+        self._length = min(self._length, length)
+        return True
+
     def restore(self, rows: torch.Tensor | None, latent_dim: int) -> None:
         """Continue from a copy of `rows` [B, L, .], of which the first `latent_dim` columns are the latent."""
         if rows is None:

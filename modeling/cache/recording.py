@@ -106,13 +106,21 @@ class KDARecording:
         self.has_holes = False
         self._checkpoints: list[_Checkpoint] = []
         self._was_cropped = False
+        self._is_moving = False  # while rows are moved: an interruption there leaves nothing to replay
 
     def restart(self) -> None:
         """Forget what was recorded; the next call records from the state that it finds."""
         if self.has_holes:
             self.valid.fill_(True)
-        self.length, self.has_holes, self._checkpoints = 0, False, []
+        self.length, self.has_holes, self._checkpoints, self._is_moving = 0, False, [], False
 
+    def can_replay(self, keep: int) -> bool:
+        """Whether `replay` of the first `keep` recorded tokens is possible."""
+        return not self._is_moving and any(checkpoint.offset <= keep for checkpoint in self._checkpoints)
+
+    # What is recorded in inference mode is written outside of it too, which PyTorch forbids for tensors made there.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def prepare(self, window: torch.Tensor, state: torch.Tensor, new_tokens: int) -> None:
         """Make room for `new_tokens` more, and take a checkpoint if one is due.
 
@@ -133,11 +141,13 @@ class KDARecording:
         while self.length + new_tokens > self.capacity:
             self._drop_oldest()
 
+    @torch.inference_mode(False)
     def allocate(self, like: torch.Tensor, batch_size: int, width: int) -> None:
         """Make `inputs` [batch_size, R, width] and `valid`, with device and dtype of `like`, unless they are there."""
         if self.inputs is None:
-            self.inputs = like.new_zeros(batch_size, self.capacity, width)
+            inputs = torch.zeros(batch_size, self.capacity, width, dtype=like.dtype, device=like.device)
             self.valid = torch.ones(batch_size, self.capacity, dtype=torch.bool, device=like.device)
+            self.inputs = inputs
 
     def append(self, inputs: RawInputs, valid: torch.Tensor | None) -> None:
         """Record the tokens of a call, [B, T, .] each; `valid` [B, T] where some are padding."""
@@ -191,9 +201,10 @@ class KDARecording:
     def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace every tensor by function(tensor): rows of the batch, or the device."""
         if self.inputs is not None:
-            self.inputs, self.valid = function(self.inputs), function(self.valid)
+            self.inputs, self.valid = _plain(function(self.inputs)), _plain(function(self.valid))
         for checkpoint in self._checkpoints:
-            checkpoint.window, checkpoint.state = function(checkpoint.window), function(checkpoint.state)
+            checkpoint.window = _plain(function(checkpoint.window))
+            checkpoint.state = _plain(function(checkpoint.state))
 
     @property
     def nbytes(self) -> int:
@@ -208,31 +219,46 @@ class KDARecording:
         # full; and the newest, which keeps replays short and moves on until it is far enough behind the others to stay.
         offsets = [checkpoint.offset for checkpoint in self._checkpoints]
         if len(offsets) < 2 or offsets[-1] - offsets[-2] >= self.capacity // 2:
-            self._checkpoints.append(_Checkpoint(self.length, window.detach().clone(), state.detach().clone()))
+            self._checkpoints.append(_Checkpoint(self.length, _copied(window), _copied(state)))
             return
-        newest = self._checkpoints[-1]
+        newest = self._checkpoints.pop()  # while it is overwritten there is none
         newest.window.copy_(window)
         newest.state.copy_(state)
         newest.offset = self.length
+        self._checkpoints.append(newest)
 
     def _grow(self, capacity: int) -> None:
         if self.inputs is not None:
-            inputs, valid = self.inputs, self.valid
-            self.inputs = inputs.new_zeros(inputs.shape[0], capacity, inputs.shape[2])
-            self.valid = valid.new_ones(inputs.shape[0], capacity)
-            self.inputs[:, : self.capacity], self.valid[:, : self.capacity] = inputs, valid
+            inputs = self.inputs.new_zeros(self.inputs.shape[0], capacity, self.inputs.shape[2])
+            valid = self.valid.new_ones(inputs.shape[0], capacity)
+            inputs[:, : self.capacity], valid[:, : self.capacity] = self.inputs, self.valid
+            self.inputs, self.valid = inputs, valid
         self.capacity = capacity
 
     def _drop_oldest(self) -> None:
-        self._checkpoints.pop(0)
-        shift = self._checkpoints[0].offset
+        shift = self._checkpoints[1].offset
+        self._is_moving = True
         for tensor in (self.inputs, self.valid):
             tensor[:, : self.length - shift] = tensor[:, shift : self.length].clone()
+        self._checkpoints.pop(0)
         if self.has_holes:
             self.valid[:, self.length - shift :] = True
         for checkpoint in self._checkpoints:
             checkpoint.offset -= shift
         self.length -= shift
+        self._is_moving = False
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that can be written in and outside of inference mode, where this is called outside of it."""
+    return torch.empty_like(tensor, requires_grad=False).copy_(tensor)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, or a copy of it if it was made in inference mode."""
+    return _copied(tensor) if tensor.is_inference() else tensor
 
 
 def _in_front_of(row_ends: torch.Tensor, length: int, device: torch.device) -> torch.Tensor:

@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 
+from .recording import KDAStepWeights
+
 FORMAT = "kimi_linear_cache"
 FORMAT_VERSION = "1"
 _SHAPE_FIELDS = (
@@ -55,13 +57,13 @@ class CacheSnapshot:
         shape: `model_shape` of the cache's config.
         seen_tokens: positions it held, padding included.
         layers: for each layer {"window", "state"} or {"rows"}; empty where the layer was.
-        sources: for each layer, a parameter of the layer that filled it, or None.
+        weights: for each layer, those of the KDA layer that filled it, or None.
     """
 
     shape: dict[str, Any]
     seen_tokens: int
     layers: list[dict[str, torch.Tensor]]
-    sources: list[torch.Tensor | None] = field(repr=False)
+    weights: list[KDAStepWeights | None] = field(repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -74,11 +76,11 @@ def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
     return {module.layer_idx: module for module in model.modules() if hasattr(module, "layer_idx")}
 
 
-def digest_of_decays(parameters: list[torch.Tensor | None]) -> str:
+def digest_of_decays(weights: list[KDAStepWeights | None]) -> str:
     """SHA-256 over the A_log of every KDA layer: tells checkpoints of one shape apart; fp32 in any model dtype."""
     digest = hashlib.sha256()
-    for parameter in parameters:
-        digest.update(b"-" if parameter is None else _bytes_of(parameter.float()))
+    for held in weights:
+        digest.update(b"-" if held is None else _bytes_of(held.A_log.float()))
     return digest.hexdigest()
 
 
@@ -95,20 +97,20 @@ def save_snapshot(path: Any, snapshot: CacheSnapshot) -> None:
         "format": FORMAT,
         "version": FORMAT_VERSION,
         "model": json.dumps(snapshot.shape),
-        "decays": digest_of_decays(snapshot.sources),
+        "decays": digest_of_decays(snapshot.weights),
         "seen_tokens": str(snapshot.seen_tokens),
         "tensors": _digest_of_tensors(tensors),
     }
     save_file(tensors, path, metadata=metadata)
 
 
-def load_snapshot(path: Any, shape: dict[str, Any], sources: list[torch.Tensor | None]) -> CacheSnapshot:
+def load_snapshot(path: Any, shape: dict[str, Any], weights: list[KDAStepWeights | None]) -> CacheSnapshot:
     """Read a snapshot that `save_snapshot` wrote, on the CPU.
 
     Args:
         path: the file.
         shape: `model_shape` of the model that shall continue from it.
-        sources: A_log of each KDA layer of that model, None for MLA layers.
+        weights: of each KDA layer of that model, None for MLA layers.
 
     Raises:
         ValueError: if the file is damaged, of another format or version, or was made by another model.
@@ -129,7 +131,7 @@ def load_snapshot(path: Any, shape: dict[str, Any], sources: list[torch.Tensor |
     if metadata.get("tensors") != _digest_of_tensors(tensors):
         raise ValueError(f"{path} is damaged: its tensors are not those that were saved; save it again")
     check_same_shape(json.loads(metadata["model"]), shape, str(path))
-    if metadata["decays"] != digest_of_decays(sources):
+    if metadata["decays"] != digest_of_decays(weights):
         raise ValueError(
             f"{path} was made by another model of the same shape: the decay rates (A_log) differ; "
             "caches fit the checkpoint that made them only"
@@ -138,7 +140,7 @@ def load_snapshot(path: Any, shape: dict[str, Any], sources: list[torch.Tensor |
     for name, tensor in tensors.items():
         _, i, kind = name.split(".")
         layers[int(i)][kind] = tensor
-    return CacheSnapshot(shape, int(metadata["seen_tokens"]), layers, sources)
+    return CacheSnapshot(shape, int(metadata["seen_tokens"]), layers, weights)
 
 
 def _bytes_of(tensor: torch.Tensor) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .layers.moe import KimiExperts
+from ..layers.moe import KimiExperts
 from .packed_modules import KimiPackedExperts, KimiPackedLinear
 
 # transformers' FP8 quantizer sets `dequantize` by itself where no GPU can do FP8, so the field says nothing.

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.utils import logging
 
-from .layers.moe import KimiExperts, KimiSparseMoeBlock
+from ..layers.moe import KimiExperts, KimiSparseMoeBlock
 from .packed_dequantise import settle_dequantisation
 from .packed_modules import KimiPackedExperts, KimiPackedLinear
 from .packed_state_dict import adopt

@@ -6,12 +6,14 @@ fired. The step itself looks: where it has, the cache stays as it is and the res
 for the host, unless a streamer, a logits processor or a stopping rule does.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput, MaxLengthCriteria, StoppingCriteriaList
 
 from ..cache.kimi_linear_cache import KimiLinearCache
+from ..transformers_versions import CACHE_NAME, as_argument
 from .path import step_mask
 from .step import DecodeStep
 
@@ -23,7 +25,7 @@ def can_sample_with_steps(generation_config: Any, model_kwargs: dict[str, Any], 
     )
     mask = model_kwargs.get("attention_mask")
     plain_mask = mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2)
-    plain_cache = isinstance(model_kwargs.get("past_key_values"), KimiLinearCache) and model_kwargs.get("use_cache")
+    plain_cache = isinstance(model_kwargs.get(CACHE_NAME), KimiLinearCache) and model_kwargs.get("use_cache")
     return plain_mask and plain_cache and not (wants_layers or synced_gpus or generation_config.is_assistant)
 
 
@@ -49,7 +51,7 @@ def sample_with_steps(
     Raises:
         RuntimeError: scores that give no probabilities, as from transformers' own loop, only later.
     """
-    cache, records = outputs.past_key_values, _Records(generation_config)
+    cache, records = outputs[CACHE_NAME], _Records(generation_config)
     mask = _mask_for_all_steps(attention_mask, stopping_criteria, step)
     pad = generation_config._pad_token_tensor
     has_eos = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
@@ -78,12 +80,15 @@ def sample_with_steps(
         if rules:
             unfinished = unfinished & ~rules(input_ids, records.scores)
             going_on = _Answer((unfinished & sound).any())
-        with step.lock:
-            if mask is not None:
-                mask = _grown(mask, cache.get_seq_length() + 1)
-            step.prepare(cache, next_tokens[:, None], mask, None if going_on is None else going_on.on_device)
+        active = None if going_on is None else going_on.on_device
+        past = cache.get_seq_length()
+        if mask is not None:
+            mask = _grown(mask, past + 1)
+        with step.lock, cache.changing("a decode step", partial(step.settle, cache, past, active)):
+            step.prepare(cache, next_tokens[:, None], mask, active)
             logits = step.run()[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
             if going_on is not None and not going_on.read():
+                step.skip(cache)
                 break
             step.commit(cache)
     if generation_config.do_sample:
@@ -163,7 +168,7 @@ class _Records:
         if not self._returns_dict:
             return sequences
         return GenerateDecoderOnlyOutput(
-            sequences=sequences, scores=self.scores, logits=self.logits, past_key_values=cache
+            sequences=sequences, scores=self.scores, logits=self.logits, **as_argument(cache)
         )
 
 

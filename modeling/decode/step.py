@@ -45,6 +45,7 @@ from ...kernels.gpu.compile_threads import run_in_threads
 from ...kernels.kda.configs import step_config
 from ...kernels.kda.step import kda_step_fwd
 from ..cache.kimi_linear_cache import KDACacheLayer, KimiLinearCache
+from ..generate.resume import NextLogits
 
 # Most tokens (batch times new tokens) of a step: what the skinny products hold at once.
 MAX_STEP_TOKENS = 64
@@ -77,6 +78,7 @@ class DecodeStep:
         self._lock = threading.Lock()
         self._held: tuple[int, ...] | None = None  # what the table holds
         self._past_on_device = -1
+        self._past_of_run = -1
         self._was_conditional = False
         self._done: torch.cuda.Event | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -177,7 +179,8 @@ class DecodeStep:
         `mask` is bool [batch, at least past + tokens], dense in its last dimension, False at padding; the new tokens
         are never padding. It is read when the step runs. Safe to call from several threads.
         """
-        with self._lock:
+        undo = partial(self.take_back, cache, cache.get_seq_length())
+        with self._lock, cache.changing("a decode step", undo):
             self.prepare(cache, input_ids, mask)
             logits = self.run().clone()
             self.commit(cache)
@@ -192,9 +195,17 @@ class DecodeStep:
     ) -> None:
         """Hand over the inputs of `run`; the caller holds `lock` from here until it has read the logits.
 
-        `active` is a bool scalar on the device: where it turns out False, `run` leaves the cache as it is, `commit`
-        must not follow, and the logits mean nothing.
+        `commit` or `skip` follows `run`. The caller is in `cache.changing`, whose `undo` is `take_back` or
+        `settle`.
+
+        Args:
+            cache: with as many sequences as the step.
+            input_ids: [batch, tokens].
+            mask: as for `__call__`.
+            active: a bool scalar on the device: where it turns out False, `run` leaves the cache as it is, `skip` must
+                follow, and the logits mean nothing.
         """
+        self._past_of_run = -1
         past = cache.get_seq_length()
         entries: list[int] = []
         for layer in cache.layers:
@@ -211,17 +222,23 @@ class DecodeStep:
         if held != self._held:
             # From pinned memory, or the host would wait for every step launched so far.
             entry = torch.tensor(entries, pin_memory=self.device.type == "cuda")
+            self._held = None  # an interruption must not leave it saying what the table held before
             self.table.copy_(entry.view_as(self.table), non_blocking=True)
             self._held = held
         if past != self._past_on_device:
+            self._past_on_device = -1
             self.past.fill_(past)
-            self._past_on_device = past
+        self._past_on_device = self._past_of_run = past
         if active is not None:
+            self._was_conditional = True
             torch.mul(active.expand_as(self.lengths), self.tokens, out=self.lengths)
         elif self._was_conditional:
             self.lengths.fill_(self.tokens)
-        self._was_conditional = active is not None
+            self._was_conditional = False
         self.input_ids.copy_(input_ids.reshape(-1))
+        for layer in cache.layers:
+            if isinstance(layer, KDACacheLayer):
+                layer.is_changing = True
 
     def _recording_entry(self, layer: KDACacheLayer) -> tuple[int, int]:
         """(address of the first new token in the layer's recording or 0, elements between its sequences)."""
@@ -243,13 +260,51 @@ class DecodeStep:
         return self.logits.view(self.batch, self.tokens, -1)
 
     def commit(self, cache: KimiLinearCache) -> None:
-        """Let `cache` count the tokens of the last `run`."""
+        """Let `cache` count the tokens of the last `run`. Called again after an interruption, it goes on."""
         for layer in cache.layers:
+            if layer.get_seq_length() != self._past_of_run:
+                continue
             if isinstance(layer, KDACacheLayer):
                 layer.advance(self.tokens, recorded=layer.record_past)
             else:
                 layer.advance(self.tokens)
         self._past_on_device = cache.get_seq_length()
+
+    def skip(self, cache: KimiLinearCache) -> None:
+        """In place of `commit`, where the last `run` left `cache` as it was."""
+        for layer in cache.layers:
+            if isinstance(layer, KDACacheLayer):
+                layer.is_changing = False
+
+    def settle(self, cache: KimiLinearCache, past: int, active: torch.Tensor | None) -> bool:
+        """After an interruption of a loop: count the tokens of a step that ran; else as `take_back`.
+
+        Args:
+            cache: which had `past` tokens before `prepare`.
+            past: see there.
+            active: what `prepare` was given.
+
+        Returns:
+            Whether the cache holds what it counts.
+        """
+        if not self._has_run():
+            return self.take_back(cache, past)
+        if active is None or bool(active):
+            self.commit(cache)
+            cache.next_logits = NextLogits(cache.get_seq_length(), self.logits.view(self.batch, self.tokens, -1)[:, -1])
+        else:
+            self.skip(cache)
+        return True
+
+    def take_back(self, cache: KimiLinearCache, past: int) -> bool:
+        """After a failure: let `cache` have the `past` tokens that it had before `prepare`, if it can (see `undo`)."""
+        if self._graph is not None and not self._has_run():
+            self.skip(cache)  # a graph runs whole or not at all
+        return cache.undo(past)
+
+    def _has_run(self) -> bool:
+        """Whether what was prepared has run to its end: the last launch counts the tokens on the device."""
+        return self._past_of_run >= 0 and int(self.past) == self._past_of_run + self.tokens
 
     @property
     def lock(self) -> threading.Lock:

@@ -10,9 +10,11 @@ from ..cache.kimi_linear_cache import KimiLinearCache
 from ..decode.loop import can_sample_with_steps, sample_with_steps
 from ..decode.path import serves, step_mask
 from ..input_checks import check_cache, check_mask, check_token_ids
+from ..transformers_versions import CACHE_NAME, as_argument, one_cache
 from .cache_setup import bound_unbounded_layers, expect_text
 from .refusals import check_cache_implementation, continuous_batching_error
-from .speculative import expect_whole_prompt, record_for_drafts, uncached_tokens, within_length
+from .resume import RememberingProcessors, keep_next_logits, outputs_of_cached_prompt
+from .speculative import drop_unaccepted, expect_whole_prompt, noting_accepted, record_for_drafts, uncached_tokens
 
 
 class KimiGenerationMixin(GenerationMixin):
@@ -24,6 +26,23 @@ class KimiGenerationMixin(GenerationMixin):
         reason = self._decode.reason(self)
         return "captured steps" if reason is None else f"layer by layer: {reason}"
 
+    def generate(
+        self, *args: Any, past_key_values: Cache | None = None, cache: Cache | None = None, **kwargs: Any
+    ) -> Any:
+        """transformers' `generate()`, over a `KimiLinearCache` unless another is asked for.
+
+        Args:
+            args: `inputs` and the others, as transformers has them.
+            past_key_values: a cache to continue from.
+            cache: another name of `past_key_values`, transformers' own since 5.24.
+            kwargs: as transformers has them; and `prompt_progress`, see `forward`.
+
+        Raises:
+            ValueError: if both names are given and hold different caches.
+            TypeError: for a cache under a name that is none of the two.
+        """
+        return super().generate(*args, **as_argument(one_cache(past_key_values, cache, kwargs)), **kwargs)
+
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
@@ -31,24 +50,52 @@ class KimiGenerationMixin(GenerationMixin):
         past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Arguments of the next call in `generate()`, as transformers has it; drafts over a filled cache are cut right.
 
         transformers reads from this signature that `inputs_embeds` are served.
         """
+        past_key_values = one_cache(past_key_values, cache, kwargs)
         if next_sequence_length is None:
             next_sequence_length = uncached_tokens(past_key_values, input_ids)
-        held = {"past_key_values": past_key_values, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        held = {CACHE_NAME: past_key_values, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **held, **kwargs)
 
-    def _get_candidate_generator(self, *args: Any, generation_config: Any, **kwargs: Any) -> Any:
-        generator = super()._get_candidate_generator(*args, generation_config=generation_config, **kwargs)
-        return within_length(generator, generation_config.max_length)
+    def _get_candidate_generator(
+        self, *args: Any, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> Any:
+        generator = super()._get_candidate_generator(
+            *args, generation_config=generation_config, model_kwargs=model_kwargs, **kwargs
+        )
+        return noting_accepted(generator, generation_config.max_length, model_kwargs.get(CACHE_NAME))
 
     def _assisted_decoding(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        expect_whole_prompt(kwargs.get("past_key_values"), input_ids)
-        return super()._assisted_decoding(input_ids, *args, **kwargs)
+        """As transformers has it; an interruption leaves a cache with accepted tokens only."""
+        cache = kwargs.get(CACHE_NAME)
+        expect_whole_prompt(cache, input_ids)
+        try:
+            return super()._assisted_decoding(input_ids, *args, **kwargs)
+        except BaseException:
+            drop_unaccepted(cache)
+            raise
+
+    def _prefill(
+        self,
+        input_ids: torch.LongTensor,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        is_first_iteration: bool = True,
+    ) -> Any:
+        """The forward that `generate()` begins with: of the prompt, as far as the cache doesn't hold it."""
+        mask = model_kwargs.get("attention_mask")
+        length = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+        embeds = model_kwargs.get("inputs_embeds") if is_first_iteration else None
+        outputs = outputs_of_cached_prompt(model_kwargs.get(CACHE_NAME), input_ids, embeds, length)
+        if outputs is not None:
+            return outputs
+        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any
@@ -57,12 +104,12 @@ class KimiGenerationMixin(GenerationMixin):
         check_cache_implementation(generation_config.cache_implementation, self.config.layer_types)
         # Older transformers ask for "dynamic_full" where a draft will be taken back.
         wants_default = generation_config.cache_implementation in (None, "dynamic", "dynamic_full")
-        if wants_default and generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = KimiLinearCache(self.config)
+        if wants_default and generation_config.use_cache and model_kwargs.get(CACHE_NAME) is None:
+            model_kwargs[CACHE_NAME] = KimiLinearCache(self.config)
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
-            bound_unbounded_layers(model_kwargs.get("past_key_values"))
-        record_for_drafts(model_kwargs.get("past_key_values"), generation_config, generation_mode)
+            bound_unbounded_layers(model_kwargs.get(CACHE_NAME))
+        record_for_drafts(model_kwargs.get(CACHE_NAME), generation_config, generation_mode)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
         """Refuse, for every way into transformers' continuous batching goes through here.
@@ -99,7 +146,27 @@ class KimiGenerationMixin(GenerationMixin):
         **model_kwargs: Any,
     ) -> Any:
         """Greedy search and sampling: around captured decode steps where the model has them, else as transformers."""
-        expect_text(model_kwargs.get("past_key_values"), input_ids.shape[1], generation_config.max_length)
+        cache = model_kwargs.get(CACHE_NAME)
+        expect_text(cache, input_ids.shape[1], generation_config.max_length)
+        processors = RememberingProcessors(logits_processor)
+        try:
+            return self._sample_remembering(
+                input_ids, processors, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
+            )
+        except BaseException:
+            keep_next_logits(cache, processors.last)
+            raise
+
+    def _sample_remembering(
+        self,
+        input_ids: torch.LongTensor,
+        logits_processor: RememberingProcessors,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool,
+        streamer: Any,
+        **model_kwargs: Any,
+    ) -> Any:
         step = None
         if can_sample_with_steps(generation_config, model_kwargs, synced_gpus):
             step = self._decode.step(self, input_ids.shape[0], 1)

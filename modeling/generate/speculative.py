@@ -68,20 +68,35 @@ def uncached_tokens(cache: Any, input_ids: torch.Tensor) -> int | None:
     return input_ids.shape[1] - cache.get_seq_length()
 
 
-def within_length(generator: Any, max_length: int) -> Any:
-    """`generator`, whose drafts from the prompt now leave room for the token behind them.
+def noting_accepted(generator: Any, max_length: int, cache: Any) -> Any:
+    """`generator`, whose drafts now note in `cache` how many tokens are accepted when they begin.
 
-    Those of transformers' other generators do; in 5.10 a draft that crosses `max_length` would be accepted beyond it.
+    Drafts from the prompt leave room for the token that follows them, too. Those of transformers' other generators do;
+    in 5.10 a draft that crosses `max_length` would be accepted beyond it.
     """
-    if isinstance(generator, PromptLookupCandidateGenerator):
-        get_candidates = generator.get_candidates
+    get_candidates = generator.get_candidates
+    is_lookup = isinstance(generator, PromptLookupCandidateGenerator)
 
-        def get_fitting_candidates(input_ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
-            candidates, logits = get_candidates(input_ids, **kwargs)
-            return candidates[:, : max(max_length - 1, input_ids.shape[1])], logits
+    def get_noted_candidates(input_ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if isinstance(cache, KimiLinearCache):
+            cache.accepted_tokens = input_ids.shape[1]
+        candidates, logits = get_candidates(input_ids, **kwargs)
+        if is_lookup:
+            candidates = candidates[:, : max(max_length - 1, input_ids.shape[1])]
+        return candidates, logits
 
-        generator.get_candidates = get_fitting_candidates
+    generator.get_candidates = get_noted_candidates
     return generator
 
 
-__all__ = ["expect_whole_prompt", "record_for_drafts", "uncached_tokens", "within_length"]
+def drop_unaccepted(cache: Any) -> None:
+    """After an interruption of speculative decoding: leave the accepted tokens but the last, as its end does."""
+    if not isinstance(cache, KimiLinearCache):
+        return
+    cache.awaits_whole_prompt = False
+    drafted = cache.get_seq_length() - (cache.accepted_tokens - 1)
+    if drafted > 0 and cache.accepted_tokens > 0 and cache.wholeness.is_whole:
+        cache.crop(-drafted)
+
+
+__all__ = ["drop_unaccepted", "expect_whole_prompt", "noting_accepted", "record_for_drafts", "uncached_tokens"]

@@ -88,7 +88,7 @@ class KimiDeltaAttention(nn.Module):
         layer = own_kda_layer(past_key_values, self.layer_idx)
         if layer is None or cu_seqlens is not None or torch.compiler.is_compiling():
             return self._forward_prompt(hidden_states, past_key_values, padding, cu_seqlens)
-        layer.weights = self._step_weights()
+        layer.weights = self.step_weights()
         if layer.recording is not None:
             return self._forward_recorded(hidden_states, past_key_values, padding)
         if self._prefers_steps(hidden_states, layer):
@@ -137,7 +137,8 @@ class KimiDeltaAttention(nn.Module):
             for module in modules
         )
 
-    def _step_weights(self) -> KDAStepWeights:
+    def step_weights(self) -> KDAStepWeights:
+        """What a `KimiLinearCache` needs to step through recorded tokens again."""
         return KDAStepWeights(
             conv_weights=(self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight),
             A_log=self.A_log,

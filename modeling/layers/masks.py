@@ -8,6 +8,7 @@ from transformers.masking_utils import create_causal_mask
 
 from ...configuration.configuration_kimi_linear import KimiLinearConfig
 from ..cache.kimi_linear_cache import KimiLinearCache
+from ..transformers_versions import CACHE_NAME
 from .mla_attention import CausalOverCache
 
 # Elements of a mask [B, T, L] from which on it is avoided: 256 MiB, and twice that again as the bias it is turned into.
@@ -38,8 +39,8 @@ def make_masks(
             config=config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values if "full_attention" in config.layer_types else None,
             position_ids=position_ids,
+            **{CACHE_NAME: past_key_values if "full_attention" in config.layer_types else None},
             **kwargs,
         )
     padding_mask = None

@@ -7,6 +7,7 @@ output rounded to the model's dtype, and matrix products of other shapes may sum
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ...configuration.configuration_kimi_linear import KimiLinearConfig
 from ..cache.kimi_linear_cache import KimiLinearCache
 from ..input_checks import check_cache, check_mask, check_positions, check_token_ids
 from ..layers.sequence_layout import cu_seqlens_of_restarts
+from ..transformers_versions import as_argument
 
 # Tokens (times batch) of a segment. At the released shape they take about 4 GiB while they go through a layer, the
 # rows gathered for the experts and KDA's tiles above all; fewer would leave each of 256 experts less than 1,024 rows.
@@ -103,25 +105,26 @@ def forward_in_segments(
         cache.expect(cache.get_seq_length() + length)
     kept_from = 0 if keep_last is None else max(length - keep_last, 0)
     outputs = []
-    for begin, end in segment_bounds(batch_size, length):
-        hidden_states = model.forward(
-            input_ids=None if input_ids is None else input_ids[:, begin:end],
-            inputs_embeds=None if inputs_embeds is None else inputs_embeds[:, begin:end],
-            attention_mask=None
-            if attention_mask is None
-            else attention_mask[:, : attention_mask.shape[1] - length + end],
-            position_ids=None if position_ids is None else position_ids[:, begin:end],
-            past_key_values=cache,
-            use_cache=True,
-            **{**kwargs, "return_dict": True},
-        ).last_hidden_state
-        if end > kept_from:
-            outputs.append(hidden_states[:, max(kept_from - begin, 0) :].clone())
-        del hidden_states  # a segment's activations go before the next one's come
-        if prompt_progress is not None:
-            prompt_progress(end, length)
+    with cache.taking_tokens("a prompt in segments") if isinstance(cache, KimiLinearCache) else nullcontext():
+        for begin, end in segment_bounds(batch_size, length):
+            hidden_states = model.forward(
+                input_ids=None if input_ids is None else input_ids[:, begin:end],
+                inputs_embeds=None if inputs_embeds is None else inputs_embeds[:, begin:end],
+                attention_mask=None
+                if attention_mask is None
+                else attention_mask[:, : attention_mask.shape[1] - length + end],
+                position_ids=None if position_ids is None else position_ids[:, begin:end],
+                past_key_values=cache,
+                use_cache=True,
+                **{**kwargs, "return_dict": True},
+            ).last_hidden_state
+            if end > kept_from:
+                outputs.append(hidden_states[:, max(kept_from - begin, 0) :].clone())
+            del hidden_states  # a segment's activations go before the next one's come
+            if prompt_progress is not None:
+                prompt_progress(end, length)
     returned = cache if use_cache or past_key_values is not None else None
-    return MoeModelOutputWithPast(last_hidden_state=torch.cat(outputs, dim=1), past_key_values=returned)
+    return MoeModelOutputWithPast(last_hidden_state=torch.cat(outputs, dim=1), **as_argument(returned))
 
 
 __all__ = ["SEGMENT_TOKENS", "forward_in_segments", "segment_bounds", "takes_segments"]

@@ -56,6 +56,28 @@ def test_follows_imports_wherever_they_stand_and_takes_no_more(tree):
     assert third_party_packages(texts.values()) == {"torch": True, "triton": False}
 
 
+def test_a_flat_name_is_the_path_below_the_top_folder(tree):
+    root = tree(
+        {
+            ENTRY: "from .layers.kda.attention import A\nfrom ..kernels.kda.intra import b\n",
+            "modeling/layers/kda/attention.py": "from ....kernels.kda.intra import (\n    b,\n)\n"
+            "from ...main import M\nfrom ..norms import N\nA = 1\n",
+            "modeling/layers/norms.py": "from .kda.attention import A\nN = 1\n",
+            "kernels/kda/intra.py": "def f():\n    from ..gpu.sizes import c\n\nb = 1\n",
+            "kernels/gpu/sizes.py": "c = 1\n",
+        }
+    )
+    texts = {name: text.partition("\n")[2] for name, text in flatten(root).items()}
+    assert texts == {
+        "gpu_sizes.py": "c = 1\n",
+        "kda_intra.py": "def f():\n    from .gpu_sizes import c\n\nb = 1\n",
+        "layers_kda_attention.py": "from .kda_intra import (\n    b,\n)\nfrom .main import M\n"
+        "from .layers_norms import N\nA = 1\n",
+        "layers_norms.py": "from .layers_kda_attention import A\nN = 1\n",
+        "main.py": "from .layers_kda_attention import A\nfrom .kda_intra import b\n",
+    }
+
+
 def test_only_module_names_of_imports_change(tree):
     text = 'from ..kernels.a import b  # from ..kernels.a\nS = "é from ..kernels.a import b"\n'
     texts = flatten(tree({ENTRY: text, "kernels/a.py": "b = 1\n"}))
@@ -67,10 +89,12 @@ def test_only_module_names_of_imports_change(tree):
     [
         ("from . import part", "imports a module, not names"),
         ("from .. import kernels", "imports a module, not names"),
-        ("from ..kernels import chunk", "does not name a module"),
-        ("from ..kernels.deep.chunk import run", "does not name a module"),
-        ("from ...kernels.chunk import run", "does not name a module"),
-        ("from .sub.part import A", "does not name a module"),
+        ("from ..kernels import chunk", "imports from the folder kernels, not from a module in it"),
+        ("from ..kernels.kda import intra", "imports from the folder kernels/kda, not from a module in it"),
+        ("from ..kernels.deep.chunk import run", "needs kernels/deep/chunk.py, which does not exist"),
+        ("from ...kernels.chunk import run", "leaves the package"),
+        ("from ..tasks import run", "needs tasks.py, which does not exist"),
+        ("from .sub.part import A", "needs modeling/sub/part.py, which does not exist"),
         ("from .missing import A", "needs modeling/missing.py, which does not exist"),
         ("from ..kernels.missing import A", "needs kernels/missing.py, which does not exist"),
         ("from kimi_linear.kernels.chunk import run", "needs our package"),
@@ -84,7 +108,8 @@ def test_only_module_names_of_imports_change(tree):
 )
 @pytest.mark.parametrize("indent", ["", "def f():\n    "])
 def test_refuses_what_the_loader_would_miss(tree, line, problem, indent):
-    root = tree({ENTRY: f"X = 1\n{indent}{line}\n", "modeling/part.py": "A = 1\n", "kernels/chunk.py": "run = 1\n"})
+    files = {"modeling/part.py": "A = 1\n", "kernels/chunk.py": "run = 1\n", "kernels/kda/intra.py": "run = 1\n"}
+    root = tree({ENTRY: f"X = 1\n{indent}{line}\n", **files})
     number = 3 if indent else 2
     with pytest.raises(ValueError) as error:
         flatten(root)
@@ -112,16 +137,21 @@ def test_refuses_text_that_reads_otherwise_to_the_loader(tree, text, problem):
     assert problem in str(error.value)
 
 
-@pytest.mark.parametrize("other", ["part", "Part"])
-def test_refuses_two_files_that_would_be_one(tree, other):
-    root = tree(
-        {
-            ENTRY: f"from .part import A\nfrom ..kernels.{other} import B\n",
-            "modeling/part.py": "A = 1\n",
-            f"kernels/{other}.py": "B = 1\n",
-        }
-    )
-    with pytest.raises(ValueError, match=rf"kernels/{other}\.py and modeling/part\.py would be one file"):
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("modeling/part.py", "kernels/part.py"),
+        ("modeling/part.py", "kernels/Part.py"),
+        ("modeling/room/part.py", "kernels/room/part.py"),
+        ("modeling/room/part.py", "kernels/room_part.py"),
+        ("modeling/room/inner/part.py", "modeling/room_inner/Part.py"),
+    ],
+)
+def test_refuses_two_files_that_would_be_one(tree, one, other):
+    modules = [path.removesuffix(".py").replace("/", ".") for path in (one, other)]
+    imports = "".join(f"from ..{module} import A\n" for module in modules)
+    root = tree({ENTRY: imports, one: "A = 1\n", other: "A = 1\n"})
+    with pytest.raises(ValueError, match=f"{other} and {one} would both be .*part\\.py in a Hub folder"):
         flatten(root)
 
 

@@ -40,9 +40,14 @@ KERNELS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "path", ["kernels/decode/test_decode_interpreted.py", "modeling/decode/test_decode_step_interpreted.py"]
-)
+INTERPRETED = [
+    "kernels/decode/test_decode_interpreted.py",
+    "modeling/decode/test_decode_step_interpreted.py",
+    "modeling/decode/test_step_wholeness_interpreted.py",
+]
+
+
+@pytest.mark.parametrize("path", INTERPRETED)
 def test_interpreter(path):
     """Kernels against float64 and the step against the layers, in a process whose Triton interprets."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

@@ -156,8 +156,9 @@ def test_properties_that_dynamic_cache_answers_have_answers(name, shared_tiny, r
         assert answers["is_sliding"] == [False] * len(cache)
         if name != "all_kda":  # transformers asks attention layers only
             assert answers.get("is_initialized", filled) is filled
-        assert answers.get("is_croppable", True) is True
-        is_linear = [kind == "linear_attention" for kind in model.config.layer_types]
+        has_kda = "linear_attention" in model.config.layer_types
+        assert answers.get("is_croppable", not (filled and has_kda)) is not (filled and has_kda)
+        is_linear = [kind == "linear_attention" and name != "all_kda" for kind in model.config.layer_types]
         assert answers.get("is_linear", is_linear) == is_linear
 
 
@@ -172,6 +173,14 @@ def test_has_previous_state_is_about_kda_layers(model, shared_tiny, random_ids):
         cache.has_previous_state(2)
     with pytest.raises(ValueError, match="has none"):
         KimiLinearCache(shared_tiny("all_mla").config).has_previous_state()
+
+
+def test_layers_are_croppable_while_empty_or_recording(model, random_ids):
+    cache = KimiLinearCache(model.config)
+    assert [layer.is_croppable for layer in cache.layers] == [True] * 4
+    run(model, random_ids(1, 3), cache)
+    assert [layer.is_croppable for layer in cache.layers] == [not layer.is_kda for layer in model.model.layers]
+    cache.activate_past_recording()
     assert [layer.is_croppable for layer in cache.layers] == [True] * 4
 
 
