@@ -9,6 +9,7 @@ from typing import Any
 
 from ..configuration.configuration_kimi_linear import KimiLinearConfig
 from .hub_files import has_chat_template, read_config
+from .quantised_tensors import ExpectedTensors, expected_tensors
 from .released_tensors import released_shapes
 from .weight_files import find_weights
 
@@ -77,8 +78,10 @@ def check_serving(folder: Path) -> ServingReport:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
     config, fields = read_config(folder / "config.json")
-    problems = _field_problems(config, fields) + _tensor_problems(config, folder)
-    return ServingReport(problems, _notes(config, fields, folder))
+    present = {name: shape for file in find_weights(folder) for name, shape in _shapes_in(file.source).items()}
+    expected = expected_tensors(config, released_shapes(config), present)
+    problems = _field_problems(config, fields) + _tensor_problems(expected, present)
+    return ServingReport(problems, _notes(config, fields, folder) + expected.notes)
 
 
 def _field_problems(config: KimiLinearConfig, fields: dict[str, Any]) -> list[str]:
@@ -99,14 +102,13 @@ def _field_problems(config: KimiLinearConfig, fields: dict[str, Any]) -> list[st
     return problems
 
 
-def _tensor_problems(config: KimiLinearConfig, folder: Path) -> list[str]:
-    files = find_weights(folder)
-    present = {name: shape for file in files for name, shape in _shapes_in(file.source).items()}
-    expected = released_shapes(config)
+def _tensor_problems(expected: ExpectedTensors, present: dict[str, tuple[int, ...]]) -> list[str]:
+    shapes = expected.shapes
+    unknown = [name for name in set(present) - set(shapes) if name.rpartition(".")[0] not in expected.unjudged]
     groups = {
-        "lacks": sorted(set(expected) - set(present)),
-        "holds, and they would not know,": sorted(set(present) - set(expected)),
-        "holds in another shape": sorted(n for n in set(expected) & set(present) if expected[n] != present[n]),
+        "lacks": sorted(set(shapes) - set(present)),
+        "holds, and they would not know,": sorted(unknown),
+        "holds in another shape": sorted(n for n in set(shapes) & set(present) if present[n] not in shapes[n]),
     }
     return [
         f"the checkpoint {what} {len(names)} tensors, the first is {names[0]}"
@@ -139,8 +141,6 @@ def _notes(config: KimiLinearConfig, fields: dict[str, Any], folder: Path) -> li
     if (limit := _tokenizer_limit(folder)) < config.model_max_length:
         text = f"vLLM serves no more than {limit} tokens, model_max_length of tokenizer_config.json; the config says "
         notes.append(text + str(config.model_max_length))
-    if fields.get("quantization_config"):
-        notes.append("quantization_config is set: whether an engine reads that format was not looked into")
     return notes
 
 

@@ -1,8 +1,14 @@
 """Random quantised weights in every format, made from random bits: no packer is needed, and padding is random."""
 
+import json
+from pathlib import Path
+
 import torch
+from safetensors.torch import save_file
+from tiny_checkpoints import released_tensors, tiny_config
 
 from kimi_linear.kernels.weights.formats import WeightFormat
+from kimi_linear.kernels.weights.handle import WeightHandle
 from kimi_linear.modeling.checkpoint.schemes import compressed_format, fp8_format
 
 
@@ -104,3 +110,40 @@ def _random_bits(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Ge
         return codes.to(torch.uint8).view(dtype)
     low, high = (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
     return torch.randint(low, high + 1, shape, generator=generator, dtype=torch.int64).to(dtype)
+
+
+# One KDA layer with a dense MLP, one MLA layer with experts. No width but 64 divides by the groups of 32 and 128.
+QUANTISED_CONFIG = tiny_config(
+    kda_layers=(1,), full_attn_layers=(2,), num_experts=4, num_experts_per_token=2, moe_intermediate_size=40
+)
+IGNORED = ["lm_head", "model.layers.0.self_attn.f_b_proj"]
+EXPERTS = "model.layers.1.block_sparse_moe.experts"
+
+
+def is_quantised(name: str) -> bool:
+    layer = name.removesuffix(".weight")
+    linear = name.endswith("_proj.weight") or name.endswith("kv_a_proj_with_mqa.weight") or ".experts." in name
+    return linear and layer not in IGNORED
+
+
+def quantised_tensors(layout: str, scales: torch.dtype = torch.bfloat16) -> tuple[dict, dict]:
+    """(tensors of the checkpoint, the same with dequantised weights in float64)."""
+    format, generator = format_of(layout), torch.Generator().manual_seed(1)
+    stored, dense = {}, {}
+    for name, tensor in released_tensors(QUANTISED_CONFIG).items():
+        if not is_quantised(name):
+            stored[name], dense[name] = tensor, tensor.double()
+            continue
+        held = random_weight(format, *tensor.shape, generator, scales)
+        layer = name.removesuffix(".weight")
+        stored |= {f"{layer}.{format.disk_name(part)}": x for part, x in held.items()}
+        parts = held["packed"], held[format.scale_name], held.get("zero_point"), held.get("global_scale")
+        dense[name] = WeightHandle(format, tuple(tensor.shape), *parts).dequantize()
+    return stored, dense
+
+
+def write_quantised(folder: Path, layout: str, stored: dict, **fields) -> None:
+    folder.mkdir(exist_ok=True)
+    save_file({name: x.contiguous() for name, x in stored.items()}, folder / "model.safetensors", {"format": "pt"})
+    config = {**QUANTISED_CONFIG, "dtype": "float32", "quantization_config": config_of(layout, IGNORED), **fields}
+    (folder / "config.json").write_text(json.dumps(config))

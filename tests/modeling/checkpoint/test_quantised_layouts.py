@@ -6,8 +6,18 @@ import pytest
 import torch
 import transformers
 from float64_model import Float64Model
-from packed_weights import LAYOUTS, config_of, format_of, random_weight
-from safetensors.torch import load_file, save_file
+from packed_weights import (
+    EXPERTS,
+    IGNORED,
+    LAYOUTS,
+    QUANTISED_CONFIG,
+    config_of,
+    format_of,
+    quantised_tensors,
+    random_weight,
+    write_quantised,
+)
+from safetensors.torch import load_file
 from tiny_checkpoints import released_tensors, tiny_config
 
 from kimi_linear.kernels.weights.handle import WeightHandle
@@ -18,41 +28,6 @@ pytest.importorskip("compressed_tensors", reason="its files are read by transfor
 
 # As in the other tests of fp32 logits: of order 1 to 10, each behind some 1e3 roundings of 6e-8.
 BOUND = {"atol": 1e-4, "rtol": 1e-4}
-# One KDA layer with a dense MLP, one MLA layer with experts. No width but 64 divides by the groups of 32 and 128.
-CONFIG = tiny_config(
-    kda_layers=(1,), full_attn_layers=(2,), num_experts=4, num_experts_per_token=2, moe_intermediate_size=40
-)
-IGNORED = ["lm_head", "model.layers.0.self_attn.f_b_proj"]
-EXPERTS = "model.layers.1.block_sparse_moe.experts"
-
-
-def is_quantised(name: str) -> bool:
-    layer = name.removesuffix(".weight")
-    linear = name.endswith("_proj.weight") or name.endswith("kv_a_proj_with_mqa.weight") or ".experts." in name
-    return linear and layer not in IGNORED
-
-
-def quantised(layout: str, scales: torch.dtype = torch.bfloat16) -> tuple[dict, dict]:
-    """(tensors of the checkpoint, the same with dequantised weights in float64)."""
-    format, generator = format_of(layout), torch.Generator().manual_seed(1)
-    stored, dense = {}, {}
-    for name, tensor in released_tensors(CONFIG).items():
-        if not is_quantised(name):
-            stored[name], dense[name] = tensor, tensor.double()
-            continue
-        held = random_weight(format, *tensor.shape, generator, scales)
-        layer = name.removesuffix(".weight")
-        stored |= {f"{layer}.{format.disk_name(part)}": x for part, x in held.items()}
-        parts = held["packed"], held[format.scale_name], held.get("zero_point"), held.get("global_scale")
-        dense[name] = WeightHandle(format, tuple(tensor.shape), *parts).dequantize()
-    return stored, dense
-
-
-def write(folder, layout: str, stored: dict, **fields) -> None:
-    folder.mkdir(exist_ok=True)
-    save_file({name: x.contiguous() for name, x in stored.items()}, folder / "model.safetensors", {"format": "pt"})
-    config = {**CONFIG, "dtype": "float32", "quantization_config": config_of(layout, IGNORED), **fields}
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture
@@ -60,10 +35,10 @@ def folder_of(tmp_path):
     """Folder of a tiny quantised checkpoint: `folder_of("w4a16 g32")`; a function may change its tensors first."""
 
     def make(layout: str = "w4a16 g32", change=None, **fields):
-        stored, _ = quantised(layout)
+        stored, _ = quantised_tensors(layout)
         if change is not None:
             change(stored)
-        write(tmp_path / "quantised", layout, stored, **fields)
+        write_quantised(tmp_path / "quantised", layout, stored, **fields)
         return tmp_path / "quantised"
 
     return make
@@ -91,11 +66,11 @@ def assert_same_files(folder, again) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
 def test_layout_is_right_stays_packed_and_is_saved_bit_for_bit(layout, tmp_path, random_ids):
-    stored, dense = quantised(layout)
-    write(tmp_path / "file", layout, stored)
+    stored, dense = quantised_tensors(layout)
+    write_quantised(tmp_path / "file", layout, stored)
     model, ids = load(tmp_path / "file"), random_ids(2, 9)
     logits = model(ids).logits
-    torch.testing.assert_close(logits, Float64Model(CONFIG, dense)(ids).float().detach(), **BOUND)
+    torch.testing.assert_close(logits, Float64Model(QUANTISED_CONFIG, dense)(ids).float().detach(), **BOUND)
     # Twice, because compressed-tensors would unpack its layers at the first forward.
     assert torch.equal(model(ids).logits, logits)
     assert held_bytes(model) == sum(x.numel() * x.element_size() for x in stored.values())
@@ -124,8 +99,8 @@ def test_bf16_model_keeps_the_file_s_scales(folder_of, tmp_path):
 
 
 def test_fp32_scales_in_a_bf16_model_are_kept(tmp_path):
-    stored, _ = quantised("fp8 channel", torch.float32)
-    write(tmp_path / "file", "fp8 channel", stored, dtype="bfloat16")
+    stored, _ = quantised_tensors("fp8 channel", torch.float32)
+    write_quantised(tmp_path / "file", "fp8 channel", stored, dtype="bfloat16")
     model = load(tmp_path / "file", dtype=torch.bfloat16)
     for dtype in (torch.float16, torch.bfloat16):
         model = model.to(dtype)  # casting leaves packed weights as they are
@@ -275,7 +250,10 @@ def test_dequantised_on_request_and_saved_dense(folder_of, tmp_path, random_ids,
 @torch.no_grad()
 def test_layers_of_different_formats(tmp_path, random_ids, layout):
     # Layer 2's experts are bf16 as in the file, under names that layer 1's FP8 experts have too.
-    config = {**CONFIG, **tiny_config(kda_layers=(1,), full_attn_layers=(2, 3), num_experts=4, num_experts_per_token=2)}
+    config = {
+        **QUANTISED_CONFIG,
+        **tiny_config(kda_layers=(1,), full_attn_layers=(2, 3), num_experts=4, num_experts_per_token=2),
+    }
     stored, dense, generator = {}, {}, torch.Generator().manual_seed(1)
     format, kept = format_of(layout), "model.layers.2.block_sparse_moe.experts"
     for name, tensor in released_tensors(config).items():
@@ -288,7 +266,7 @@ def test_layers_of_different_formats(tmp_path, random_ids, layout):
             dense[name] = WeightHandle(format, tuple(tensor.shape), *parts).dequantize()
     plain = [name for name, x in stored.items() if name in dense and x.ndim == 2 and x.dtype == torch.float32]
     ignored = [name.removesuffix(".weight") for name in plain]
-    write(tmp_path / "file", layout, stored, **config, quantization_config=config_of(layout, ignored))
+    write_quantised(tmp_path / "file", layout, stored, **config, quantization_config=config_of(layout, ignored))
     model, ids = load(tmp_path / "file"), random_ids(1, 5)
     assert not isinstance(model.get_submodule(kept), KimiPackedExperts)
     torch.testing.assert_close(model(ids).logits, Float64Model(config, dense)(ids).float().detach(), **BOUND)
