@@ -262,4 +262,15 @@ class KimiPackedExperts(_PackedTensors, InternalModule):
         return f"{self.num_experts} x ({self.hidden_dim}, {self.intermediate_dim}), {' and '.join(said)}"
 
 
-__all__ = ["KimiPackedExperts", "KimiPackedLinear", "Place"]
+def packed_formats(model: nn.Module) -> list[str]:
+    """Names of the formats of a model's packed weights; [] if it has none."""
+    found = set()
+    for module in model.modules():
+        if isinstance(module, KimiPackedLinear):
+            found.add(module.format.name)
+        elif isinstance(module, KimiPackedExperts):
+            found |= {format.name for format in module.formats.values()}
+    return sorted(found)
+
+
+__all__ = ["KimiPackedExperts", "KimiPackedLinear", "NoDenseWeight", "Place", "packed_formats"]

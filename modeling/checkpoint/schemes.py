@@ -157,9 +157,7 @@ def compressed_format(group: dict[str, Any], format: str | None) -> WeightFormat
     if named in ("mixed-precision", "naive-quantized", "None"):
         named = "float-quantized" if kind == "float" else "int-quantized"
     strategy, block = _reach(weights)
-    size = {"group": f", groups of {block and block[1]}", "block": f", blocks of {block}"}.get(
-        strategy, f", {strategy}"
-    )
+    size = {"group": f"groups of {block and block[1]}", "block": f"blocks of {block}"}.get(strategy, strategy)
     common = {"bits": bits, "strategy": strategy, "block": block, "activations": _activations(group)}
     name = f"{named} {kind}{bits}, {size}{'' if symmetric else ', asymmetric'}"
     if named == "pack-quantized" and kind == "int" and 1 <= bits <= 8:

@@ -11,6 +11,7 @@ from ...kernels.gpu.availability import is_first_choice
 from ...kernels.gpu.availability import serves as kernels_serve
 from ...kernels.kda.operators import MAX_HEAD_DIM
 from ..cache.kimi_linear_cache import KimiLinearCache
+from ..checkpoint.packed_modules import packed_formats
 from ..layers.kda_attention import KimiDeltaAttention, ShortConvolution
 from ..layers.mla_attention import KimiMLAAttention
 from ..layers.moe import KimiExperts, KimiMLP, KimiSparseMoeBlock, KimiTopkRouter
@@ -113,6 +114,8 @@ def _lasting_reason(model: Any) -> str | None:
         return f"KDA heads of {config.linear_head_dim} are wider than {MAX_HEAD_DIM}"
     if config.num_expert_group != config.topk_group:
         return "experts are chosen by group"
+    if formats := packed_formats(model):
+        return f"packed weights: no kernels for {' and '.join(formats)} yet"
     known = (*_LEAVES, type(model.model.layers[0]))
     for name, module in model.named_modules():
         if name.startswith(("model.layers.", "lm_head")) and type(module) not in known:

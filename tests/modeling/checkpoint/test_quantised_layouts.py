@@ -22,6 +22,7 @@ from tiny_checkpoints import released_tensors, tiny_config
 
 from kimi_linear.kernels.weights.handle import WeightHandle
 from kimi_linear.modeling.checkpoint.packed_modules import KimiPackedExperts, KimiPackedLinear
+from kimi_linear.modeling.decode import path as decode_path
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM, KimiLinearModel
 
 pytest.importorskip("compressed_tensors", reason="its files are read by transformers with it (in the dev extra)")
@@ -272,6 +273,12 @@ def test_layers_of_different_formats(tmp_path, random_ids, layout):
     torch.testing.assert_close(model(ids).logits, Float64Model(config, dense)(ids).float().detach(), **BOUND)
     model.save_pretrained(tmp_path / "again")
     assert_same_files(tmp_path / "file", tmp_path / "again")
+
+
+def test_decode_path_says_that_there_are_no_kernels(folder_of, monkeypatch):
+    model = load(folder_of())
+    monkeypatch.setattr(decode_path, "gpu_has_kernels", lambda model: True)
+    assert "packed weights: no kernels for pack-quantized int4, groups of 32 yet" in model.decode_path
 
 
 # ---- training
