@@ -184,7 +184,7 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, **kwargs: Any):
-        mapping = conversions_for_loading(load_config.weight_mapping, load_config.hf_quantizer, model)
+        mapping = conversions_for_loading(load_config.weight_mapping, load_config.hf_quantizer, model, checkpoint_files)
         load_config = dataclasses.replace(load_config, weight_mapping=mapping)
         prepare_packed(model, checkpoint_files, load_config)
         try:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
-from .packed_loading import PlainNames, experts_conversions, packed_modules, plain_names
+from .packed_names import PlainNames, experts_conversions, packed_modules, plain_names
 
 
 def released_layout_conversions(experts: str = "block_sparse_moe.experts") -> list[WeightConverter]:
@@ -35,7 +35,9 @@ def released_layout_conversions(experts: str = "block_sparse_moe.experts") -> li
     ]
 
 
-def conversions_for_loading(found: list[Any] | None, hf_quantizer: Any, model: Any) -> list[Any]:
+def conversions_for_loading(
+    found: list[Any] | None, hf_quantizer: Any, model: Any, files: list[str] | None
+) -> list[Any]:
     """What the loader is to apply, given what transformers found for our model_type.
 
     transformers registers conversions by model_type or class name, both of which its native Kimi Linear shares with
@@ -45,7 +47,11 @@ def conversions_for_loading(found: list[Any] | None, hf_quantizer: Any, model: A
     """
     native = {_patterns(entry) for entry in get_checkpoint_conversion_mapping("kimi_linear") or []}
     kept = [entry for entry in found or [] if _patterns(entry) not in native]
-    ours: list[Any] = experts_conversions(model, released_layout_conversions)
+    ours: list[Any] = experts_conversions(model, released_layout_conversions, files)
+    if model.config.packed_experts:
+        known = {_patterns(entry) for entry in kept}
+        library = [] if hf_quantizer is None else _updated([], hf_quantizer, model)
+        return ours + [entry for entry in library if _patterns(entry) not in known] + kept
     if packed_modules(model):
         # The library's converters of packed weights would unpack them, or stack them another way.
         library = {_patterns(entry) for entry in _updated([], hf_quantizer, model)}

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from packed_weights import LAYOUTS, format_of, random_weight
 
 from kimi_linear.kernels.weights.handle import WeightHandle, packed_linear
+from kimi_linear.kernels.weights.packing import pack_weight
 from kimi_linear.kernels.weights.reference import dequantize_reference
 
 # Rows and columns that words, groups and blocks divide, and that they don't: the last of each is cut.
@@ -86,3 +87,38 @@ def test_autocast_decides_the_dtype():
     assert y.dtype == torch.bfloat16
     y.sum().backward()
     assert x.grad.dtype == torch.float32 and x.grad.abs().sum() > 0
+
+
+# ---- packing while loading
+
+
+@pytest.mark.parametrize("name", ["w4a16 g32", "w4a16 channel", "w8a16", "int8", "fp8 channel"])
+@pytest.mark.parametrize("shape", [(8, 128), (1, 1), (9, 33)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weight_is_the_nearest(name, shape, dtype):
+    format, (rows, columns) = format_of(name), shape
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight[0, 0] = 0
+    held = pack_weight(weight, format, dtype)
+    assert {part: (x.shape, x.dtype) for part, x in held.items()} == {
+        part: (shapes[0], torch.int64 if part == "shape" else format.data_dtype if part == "packed" else dtype)
+        for part, (shapes, _) in format.tensors(rows, columns).items()
+    }
+    handle = WeightHandle(format, shape, held["packed"], held["scale"])
+    scale = handle._spread(held["scale"].double()).expand(shape)
+    # Integers: half a step, and up to half a step more at the upper end, which has one number less; rounding of the
+    # scale moves the ends by its eps. E4M3: half of its eps relative, half of its smallest step near zero.
+    error = (handle.dequantize() - weight.double()).abs()
+    if format.storage == "fp8":
+        assert (error <= weight.double().abs() * (2**-4 + torch.finfo(dtype).eps) + scale * 2**-10).all()
+    else:
+        assert (error <= scale * (0.5 + 2 ** (format.bits - 1) * torch.finfo(dtype).eps)).all()
+
+
+def test_zeros_stay_zeros_and_nan_is_not_hidden():
+    format = format_of("w4a16 g32")
+    held = pack_weight(torch.zeros(4, 64), format, torch.float32)
+    assert not WeightHandle(format, (4, 64), held["packed"], held["scale"]).dequantize().any()
+    assert pack_weight(torch.full((4, 64), torch.nan), format, torch.float32)["scale"].isnan().all()
+    with pytest.raises(ValueError, match="nvfp4"):
+        pack_weight(torch.zeros(4, 64), format_of("nvfp4"), torch.float32)
