@@ -29,7 +29,7 @@ from .checkpoint.conversions import conversions_for_loading, conversions_for_sav
 from .checkpoint.packed_dequantise import asking
 from .checkpoint.packed_loading import finish_packed, pack_modules, prepare_packed
 from .checkpoint.packed_modules import KimiPackedLinear
-from .checkpoint.refusals import refuse_unreadable
+from .checkpoint.refusals import refuse_saving, refuse_unreadable
 from .decode.path import DecodePath
 from .generate.mixin import KimiGenerationMixin
 from .input_checks import check_cache, check_embeddings, check_labels, check_mask, check_positions, check_token_ids
@@ -181,6 +181,11 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
         refuse_unreadable(pretrained_model_name_or_path, config, kwargs)
         with asking(kwargs):
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers', but quantised weights that would be saved wrong are refused."""
+        refuse_saving(self)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @staticmethod
     def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, **kwargs: Any):

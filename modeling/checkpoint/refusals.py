@@ -9,6 +9,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers.utils import cached_file
 
 from .schemes import PACKED_METHODS, method_of
@@ -144,4 +145,18 @@ def refuse_unannounced(header: Header, understood: set[str]) -> None:
             )
 
 
-__all__ = ["Header", "read_headers", "refuse_method", "refuse_unannounced", "refuse_unreadable"]
+def refuse_saving(model: nn.Module) -> None:
+    """Raise NotImplementedError for weights that would be saved wrong.
+
+    bitsandbytes reorders 4-bit weights at their first forward on a CPU, and undoes it only nearly.
+    """
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise NotImplementedError(
+                f"{name} holds bitsandbytes' 4-bit quantised weights in the order of its CPU kernel, which it cannot "
+                "save exactly: save the model before its first forward, or on a GPU"
+            )
+
+
+__all__ = ["Header", "read_headers", "refuse_method", "refuse_saving", "refuse_unannounced", "refuse_unreadable"]

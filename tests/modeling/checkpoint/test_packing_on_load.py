@@ -102,3 +102,23 @@ def test_qlora_trains_and_keeps_the_experts_packed(load_tiny, random_ids):
     assert losses[-1] < losses[0]
     after = experts_of(adapted.get_base_model()).state_dict()
     assert all((after[name].dtype, after[name].shape) == (x.dtype, x.shape) for name, x in before.items())
+
+
+@torch.no_grad()
+def test_four_bits(load_tiny, shared_tiny, random_ids, tmp_path):
+    # bitsandbytes' CPU kernel wants rows that 32 divides and columns that 64 divides.
+    odd = ["lm_head", "b_proj", "kv_a_proj_with_mqa", "mlp", "shared_experts.down_proj", "f_a_proj", "g_a_proj"]
+    odd += ["down_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=odd)
+    model, ids = load_tiny(quantization_config=config), random_ids(2, 9)
+    experts = experts_of(model)
+    assert experts.gate_up_proj_packed.dtype == torch.int32 and experts.gate_up_proj_scale.shape == (8, 64, 2)
+    model.save_pretrained(tmp_path)
+    logits, expected = model(ids).logits.float(), shared_tiny()(ids).logits
+    assert 0 < (logits - expected).norm() <= 3 * QUANTISED_BOUND * expected.norm()
+    again = KimiLinearForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(ids).logits.float(), logits, atol=1e-4, rtol=1e-4)
+    layer = model.model.layers[0].self_attn.q_proj
+    if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):  # only with AVX512 bf16
+        with pytest.raises(NotImplementedError, match="save the model before its first forward"):
+            model.save_pretrained(tmp_path / "late")
