@@ -2,14 +2,15 @@
 """Set-up and checks in one place; needs nothing but Python >= 3.10 with pip.
 
     python3 tasks.py demo     generate text with the small trained checkpoint, through AutoModelForCausalLM
-    python3 tasks.py test     run the tests            [--transformers VERSION] [pytest arguments]
+    python3 tasks.py test     run the tests            [--transformers VERSION] [pytest arguments: -m interpreter]
     python3 tasks.py lint     ruff, lint and format
     python3 tasks.py wheel    build the wheel, install it into a fresh environment, export a folder with it
 
 VERSION is a number, or newest (5.24.0, which needs Python 3.11), oldest (5.10.1), or latest: whatever pip finds, be it
 outside the range that pyproject.toml claims.
 
-Each command makes the virtual environment it needs (.venv, .venv-tf-VERSION, .venv-wheel) on its first run.
+Each command makes the virtual environment it needs (.venv, .venv-tf-VERSION, .venv-demo, .venv-wheel,
+.venv-lint) on its first run.
 """
 
 import argparse
@@ -25,14 +26,16 @@ TRANSFORMERS = {"newest": "5.24.0", "oldest": "5.10.1"}
 TORCH = "2.13.0"
 TRITON = "3.9.0"
 RUFF = "0.17.6"
+NOTHING_SELECTED = 5  # pytest's exit code
 
 
-def run(*command: str | Path, **environment: str) -> None:
-    """Run a command from the repository root; its failure ends this program with its exit code."""
+def run(*command: str | Path, accepted: tuple[int, ...] = (0,), **environment: str) -> int:
+    """Run a command from the repository root; an exit code that isn't accepted ends this program with it."""
     print("+", *(str(part) for part in command), file=sys.stderr, flush=True)
     code = subprocess.run([str(part) for part in command], cwd=ROOT, env={**os.environ, **environment}).returncode
-    if code:
+    if code not in accepted:
         sys.exit(code)
+    return code
 
 
 def environment(name: str, *requirements: str) -> Path:
@@ -64,6 +67,16 @@ def test_environment(version: str) -> Path:
     return python
 
 
+def test(python: Path, arguments: list[str]) -> None:
+    """The tests in two runs, for Triton decides when it is imported whether it interprets."""
+    # Two test processes with one thread each keep two cores busy without fighting over them.
+    command = (python, "-m", "pytest", "-n", "2", *arguments)
+    options = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    codes = [run(*command, accepted=(0, NOTHING_SELECTED), **options, TRITON_INTERPRET=lane) for lane in ("0", "1")]
+    if 0 not in codes:
+        sys.exit(NOTHING_SELECTED)
+
+
 def main() -> None:
     """Parse the command line and run one task."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -87,13 +100,17 @@ def main() -> None:
         run(python, "-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps", wheel)
         run(python, "-m", "pip", "install", "--quiet", wheel)
         run(python, "-P", "-m", "kimi_linear.hub_card.demo")
+    elif arguments.task == "demo":
+        print(
+            f"The demo runs in .venv-demo. The first run downloads torch {TORCH} (some GB on Linux, where it "
+            "brings GPU libraries), transformers and what they need. The model is in this repository.",
+            file=sys.stderr,
+        )
+        newest = f"transformers=={TRANSFORMERS['newest']}"
+        python = environment(".venv-demo", f"torch=={TORCH} numpy", newest, "-e .")
+        run(python, "-m", "kimi_linear.hub_card.demo", *rest)
     else:
-        python = test_environment(arguments.transformers)
-        if arguments.task == "demo":
-            run(python, "-m", "kimi_linear.hub_card.demo", *rest)
-        else:
-            # Two test processes with one thread each keep two cores busy without fighting over them.
-            run(python, "-m", "pytest", "-n", "2", *rest, OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+        test(test_environment(arguments.transformers), rest)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,24 @@ from kimi_linear.modeling.cache.kimi_linear_cache import KDACacheLayer, KimiLine
 COPY_BANDWIDTH = 4.30e12
 
 
-def released_config(all_mla: bool = False) -> KimiLinearConfig:
-    """The released shape, whose values are the config's defaults; `all_mla` puts MLA in every layer instead of KDA."""
+def released_config(all_mla: bool = False, layers: int | None = None) -> KimiLinearConfig:
+    """The released shape, whose values are the config's defaults.
+
+    Args:
+        all_mla: MLA in every layer instead of KDA.
+        layers: only the first so many, for GPUs that do not hold all 27 (16 take 57 GB in bf16).
+    """
     config = KimiLinearConfig()
-    if not all_mla:
-        return config
-    layers = list(range(1, config.num_hidden_layers + 1))
-    pattern = {**config.linear_attn_config, "kda_layers": [], "full_attn_layers": layers}
-    return KimiLinearConfig(linear_attn_config=pattern, layer_types=None)
+    count = config.num_hidden_layers if layers is None else layers
+    if not 1 <= count <= config.num_hidden_layers:
+        raise SystemExit(f"--layers must be from 1 to {config.num_hidden_layers}, got {count}")
+    numbers = list(range(1, count + 1))
+    pattern = dict(config.linear_attn_config)
+    for name in ("kda_layers", "full_attn_layers"):
+        pattern[name] = [number for number in pattern[name] if number in numbers]
+    if all_mla:
+        pattern |= {"kda_layers": [], "full_attn_layers": numbers}
+    return KimiLinearConfig(num_hidden_layers=count, linear_attn_config=pattern, layer_types=None)
 
 
 def random_model(model_class: Any, config: Any, device: str = "cuda", seed: int = 0) -> torch.nn.Module:

@@ -18,11 +18,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.full_model import free_memory, held_bytes, native_model, random_model
+from benchmarks.full_model import free_memory, held_bytes, native_model, random_model, released_config
 from benchmarks.record import write
-from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
-from kimi_linear.modeling.transformers_versions import CACHE_NAME
 
 # tokens: (goal s, goal GiB, native s, native GiB, limit s). Native: transformers 5.23.0 with fla 0.6.0 on one H200,
 # 2026-11-23. Limit: operations at 690 TFLOP/s, the bf16 rate measured there.
@@ -50,7 +48,7 @@ def measure(model: torch.nn.Module, tokens: int, repeats: int, **options: Any) -
         elapsed = time.perf_counter() - start
         if not finite:
             raise SystemExit(f"{tokens} tokens: the logits are not finite")
-        cache_gib = held_bytes(getattr(output, CACHE_NAME)) / _GIB
+        cache_gib = held_bytes(output.past_key_values) / _GIB
         del output
         if run or tokens > 131072:
             seconds.append(elapsed)
@@ -116,13 +114,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=list(REFERENCE))
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of prompts up to 131072 tokens; else one")
     parser.add_argument("--profile", type=int, help="print time by kernel of a prompt of so many tokens")
+    parser.add_argument("--layers", type=int, help="only the first so many layers, for a smaller GPU (default: all)")
     parser.add_argument("--native", action="store_true", help="measure transformers' native class too")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     arguments = parser.parse_args()
-    rows, kernels = run("ours", lambda: random_model(KimiLinearForCausalLM, KimiLinearConfig()), arguments)
+    rows, kernels = run(
+        "ours", lambda: random_model(KimiLinearForCausalLM, released_config(layers=arguments.layers)), arguments
+    )
     write(arguments.out, "prefill", ours=rows, profile=kernels)  # at once: what comes next may fail
     free_memory()
-    native = run("native", lambda: native_model(KimiLinearConfig()), arguments)[0] if arguments.native else []
+    native = (
+        run("native", lambda: native_model(released_config(layers=arguments.layers)), arguments)[0]
+        if arguments.native
+        else []
+    )
     show(rows, {row["tokens"]: row for row in native})
     for kernel in kernels:
         print(f"{kernel['ms']:9.2f} ms {kernel['calls']:6} x  {kernel['kernel']}")

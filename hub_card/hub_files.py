@@ -119,7 +119,9 @@ def write_code_licence(folder: Path) -> None:
     if in_source_tree.is_file():
         text = in_source_tree.read_text(encoding="utf-8")
     else:
-        text = importlib.metadata.distribution("kimi-linear").read_text("licenses/LICENSE")
+        # In a clone that `pip install .` was run in, the folder kimi_linear.egg-info, which has none, may come first.
+        installed = importlib.metadata.distributions(name="kimi-linear")
+        text = next(filter(None, (distribution.read_text("licenses/LICENSE") for distribution in installed)), None)
     if not text:
         raise ValueError("the installed kimi-linear has lost its LICENSE, which must go with its code: reinstall it")
     (folder / CODE_LICENCE_FILE).write_text(text, encoding="utf-8", newline="\n")

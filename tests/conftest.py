@@ -1,4 +1,8 @@
-"""Tiny checkpoints in the released layout, written once a session, and models loaded from them."""
+"""Lanes of tests; tiny checkpoints in the released layout, written once a session, and models loaded from them.
+
+Triton decides when it is imported whether it interprets. So a process runs either the files `*_interpreted.py`
+(TRITON_INTERPRET=1) or all others; `python3 tasks.py test` starts both.
+"""
 
 import functools
 import os
@@ -16,6 +20,34 @@ from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
+def pytest_collection_modifyitems(config, items):
+    """Mark the lanes, and leave out what this process can't run."""
+    kept, others = [], []
+    for item in items:
+        interpreted = item.path.stem.endswith("_interpreted")
+        if interpreted:
+            item.add_marker("interpreter")
+        if "run_isolated" in item.fixturenames:
+            item.add_marker("processes")
+        (kept if interpreted == INTERPRETING else others).append(item)
+    items[:] = kept
+    if others:
+        config.hook.pytest_deselected(items=others)
+        config.stash[OTHER_LANE] = len(others)
+
+
+OTHER_LANE = pytest.StashKey[int]()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if count := config.stash.get(OTHER_LANE, 0):
+        needs = "run without TRITON_INTERPRET" if INTERPRETING else "need TRITON_INTERPRET=1"
+        terminalreporter.write_line(f"{count} tests left out: they {needs} (`python3 tasks.py test` runs both lanes)")
 
 
 @pytest.fixture(scope="session")

@@ -51,6 +51,31 @@ def compiling(kernels, target, monkeypatch):
         kernel.device_caches.clear()
 
 
+@contextlib.contextmanager
+def guarded_launches(kernels, modules, monkeypatch):
+    """Inside, nothing is launched; yields [(kernel name, whether the GPU of its tensors was made current)].
+
+    `modules` are those that call `launching_on` by that name.
+    """
+    launches, inside = [], []
+
+    @contextlib.contextmanager
+    def launching_on(device):
+        inside.append(device)
+        yield
+        inside.pop()
+
+    for module in modules:
+        monkeypatch.setattr(module, "launching_on", launching_on)
+    for kernel in kernels:
+
+        def run(*args, kernel=kernel, **kwargs):
+            launches.append((kernel.__name__, bool(inside)))
+
+        monkeypatch.setattr(kernel, "run", run)
+    yield launches
+
+
 def assembler_messages(kernel, arch):
     """What ptxas says about a kernel compiled for `arch`, such as "sm_90a"."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas-blackwell"  # the newer of Triton's two

@@ -180,6 +180,7 @@ def decode_attend(
     past: torch.Tensor,
     partial: torch.Tensor,
     partial_lse: torch.Tensor,
+    *,
     tokens: int,
     scale: float,
     config: LatentConfig,

@@ -14,6 +14,7 @@ import torch
 
 from ..gpu.arithmetic import kda_sigmoid
 from ..gpu.launching import overlap_options
+from ..gpu.sizes import power_of_two
 from .configs import GemvConfig
 from .linear import decode_block, decode_input, decode_prefetch_vector, decode_products
 from .routing import decode_store_choice, decode_topk
@@ -126,17 +127,17 @@ def decode_expert_down_kernel(
 
 def decode_expert_up(
     x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    eps: float,
     logits: torch.Tensor,
-    bias: torch.Tensor,
-    gate_up: torch.Tensor,
-    shared: tuple[torch.Tensor, torch.Tensor] | None,
     h: torch.Tensor,
     chosen: torch.Tensor,
     weights: torch.Tensor,
-    config: GemvConfig,
     *,
+    norm_weight: torch.Tensor,
+    eps: float,
+    bias: torch.Tensor,
+    gate_up: torch.Tensor,
+    shared: tuple[torch.Tensor, torch.Tensor] | None,
+    config: GemvConfig,
     factor: float,
     biased: bool,
     renormalize: bool,
@@ -159,7 +160,7 @@ def decode_expert_up(
     shared_gate, shared_up = shared or (gate_up, gate_up)
     decode_expert_up_kernel[(triton.cdiv(I, config.BN), h.shape[0])](
         x, norm_weight, logits, bias, gate_up, shared_gate, shared_up, h, chosen, weights, eps, factor,
-        E=E, BE=triton.next_power_of_2(E), TOPK=TOPK, BT=triton.next_power_of_2(TOPK), BIASED=biased,
+        E=E, BE=power_of_two(E), TOPK=TOPK, BT=power_of_two(TOPK), BIASED=biased,
         RENORMALIZE=renormalize, K=K, I=I, BN=config.BN, BK=config.BK, UNROLL=config.UNROLL, PDL=pdl,
         num_warps=config.num_warps, **overlap_options(pdl),
     )  # fmt: skip

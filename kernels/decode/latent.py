@@ -116,6 +116,8 @@ def decode_value_kernel(
 def decode_latent_attention(
     p: torch.Tensor,
     kv_b: torch.Tensor,
+    o: torch.Tensor,
+    *,
     norm_weight: torch.Tensor,
     norm_eps: float,
     table: torch.Tensor,
@@ -123,7 +125,6 @@ def decode_latent_attention(
     q: torch.Tensor,
     partial: torch.Tensor,
     partial_lse: torch.Tensor,
-    o: torch.Tensor,
     tokens: int,
     shared: int,
     scale: float,
@@ -137,10 +138,10 @@ def decode_latent_attention(
     Args:
         p: [N, H (D + S) + R + S], rows dense: q_proj's and kv_a_proj_with_mqa's outputs side by side.
         kv_b: [H (D + V), R] contiguous.
+        o: [N, H, V] contiguous.
         norm_weight, norm_eps: of kv_a_layernorm.
         table, past: see the module docstring.
         q, partial, partial_lse: workspaces [N, H, R + S] in p's dtype, [N, SPLITS, H, R] and [N, SPLITS, H] fp32.
-        o: [N, H, V] contiguous.
         tokens: T, tokens of each batch row; N is a multiple.
         shared: S, width of the shared key.
         scale: of the scores.
@@ -156,7 +157,9 @@ def decode_latent_attention(
         T=tokens, H=H, D=D, V=V, R=R, S=shared, BD=padded(D), BR=min(128, BR), BRR=BR, BS=BS, PDL=pdl,
         num_warps=4, **overlap_options(pdl),
     )  # fmt: skip
-    decode_attend(q, table, past, partial, partial_lse, tokens, scale, config, upcast, pdl)
+    decode_attend(
+        q, table, past, partial, partial_lse, tokens=tokens, scale=scale, config=config, upcast=upcast, pdl=pdl
+    )
     decode_join_kernel[(N, H, triton.cdiv(R, 32))](
         partial, partial_lse, past,
         T=tokens, H=H, R=R, SPLITS=splits, BP=padded(splits), BR=32, BL=config.BL, PDL=pdl,

@@ -1,5 +1,5 @@
 """
-Decode step: which experts the tokens go to (reference section 3.4; arXiv 2408.15664).
+Decode step: which experts the tokens go to (docs/checkpoint.md, "Experts"; arXiv 2408.15664).
 
     s = sigmoid(logits), c = s + bias       the TOPK experts of largest c, ties to the lower index
     w = s or c of the chosen, divided by their sum + 1e-20 (if renormalised), times the scaling factor
@@ -16,7 +16,7 @@ import torch
 
 from ..gpu.arithmetic import kda_sigmoid
 from ..gpu.launching import overlap_options
-from ..gpu.sizes import padded
+from ..gpu.sizes import padded, power_of_two
 
 try:
     import triton
@@ -124,7 +124,7 @@ def decode_route(
     (N, E), TOPK = logits.shape, chosen.shape[1]
     decode_route_kernel[(N,)](
         logits, bias, chosen, weights, logits.stride(0), factor,
-        E=E, BE=triton.next_power_of_2(E), TOPK=TOPK, BT=triton.next_power_of_2(TOPK),
+        E=E, BE=power_of_two(E), TOPK=TOPK, BT=power_of_two(TOPK),
         BIASED=biased, RENORMALIZE=renormalize, PDL=pdl, num_warps=1, **overlap_options(pdl),
     )  # fmt: skip
 
@@ -147,7 +147,7 @@ def decode_group(
     P, BM = chosen.numel(), pairs.numel() // experts.numel()
     decode_group_kernel[(num_experts,)](
         chosen, pairs, experts, n_blocks, P,
-        E=num_experts, BE=triton.next_power_of_2(num_experts + 1), BP=padded(P), BM=BM, PDL=pdl,
+        E=num_experts, BE=power_of_two(num_experts + 1), BP=padded(P), BM=BM, PDL=pdl,
         num_warps=4, **overlap_options(pdl),
     )  # fmt: skip
 

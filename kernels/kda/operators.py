@@ -15,7 +15,6 @@ The ops are torch custom operators with fake implementations, so that compiled g
 backward yet: differentiating through them raises.
 """
 
-import re
 from functools import lru_cache, partial
 from typing import Any
 
@@ -26,6 +25,7 @@ from ..gpu.availability import interpreted, is_available, serves
 from ..gpu.classes import gpu_class
 from ..gpu.compile_threads import compile_side_by_side
 from ..gpu.launching import launching_on
+from ..gpu.operator_names import operator_namespace
 from ..gpu.sizes import padded
 from .checks import check_cu_seqlens, check_kda_inputs
 from .configs import inter_config, intra_config, step_config
@@ -35,9 +35,7 @@ from .intra import kda_intra_fwd
 from .step import kda_step_fwd
 from .streams import Lanes, runs_beside, segments
 
-# This file may be loaded twice in a process (from the package and from a Hub folder): each copy registers under its
-# own name.
-_NAMESPACE = "kda_" + re.sub(r"\W", "_", __name__)
+_NAMESPACE = operator_namespace("kda", __name__)
 # Boundaries of packed sequences whose values were read and found right: tensor -> (version, tokens).
 _CHECKED = WeakTensorKeyDictionary()
 
@@ -236,8 +234,10 @@ def _kda_step_fwd(
     if B * T * H > 0:
         weights, windows = (weight_q, weight_k, weight_v), (window_q, window_k, window_v)
         with launching_on(q.device):
-            kda_step_fwd(q, k, v, f, beta, gate, o, weights, windows, A_log, dt_bias, norm_weight, state, lengths,
-                         scale, eps, step_config(K, V))  # fmt: skip
+            kda_step_fwd(
+                q, k, v, f, beta, gate, o, weights=weights, windows=windows, A_log=A_log, dt_bias=dt_bias,
+                norm_weight=norm_weight, state=state, lengths=lengths, scale=scale, eps=eps, config=step_config(K, V),
+            )  # fmt: skip
     return o
 
 
@@ -292,17 +292,36 @@ def kda_step(
     Raises:
         ValueError: if shapes, dtypes, layouts or devices don't fit.
     """
-    _check_step(q, k, v, f, beta, gate, conv_weights, windows, A_log, dt_bias, norm_weight, state, lengths)
+    _check_step(
+        q, k, v, f, beta, gate, conv_weights=conv_weights, windows=windows, A_log=A_log, dt_bias=dt_bias,
+        norm_weight=norm_weight, state=state, lengths=lengths,
+    )  # fmt: skip
     _check_device(q)
     weights = [w.reshape(w.shape[0], w.shape[-1]).contiguous() for w in conv_weights]
     q, k, v, f, beta, gate = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, f, beta, gate))
     scale = state.shape[2] ** -0.5 if scale is None else scale
-    return _kda_step_fwd(q, k, v, f, beta, gate, *weights, *windows, A_log.reshape(-1), dt_bias.reshape(-1),
-    norm_weight,
-                         state, lengths, scale, norm_eps)  # fmt: skip
+    return _kda_step_fwd(
+        q, k, v, f, beta, gate, *weights, *windows,
+        A_log.reshape(-1), dt_bias.reshape(-1), norm_weight, state, lengths, scale, norm_eps,
+    )  # fmt: skip
 
 
-def _check_step(q, k, v, f, beta, gate, conv_weights, windows, A_log, dt_bias, norm_weight, state, lengths) -> None:
+def _check_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    f: torch.Tensor,
+    beta: torch.Tensor,
+    gate: torch.Tensor,
+    *,
+    conv_weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    windows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    norm_weight: torch.Tensor,
+    state: torch.Tensor,
+    lengths: torch.Tensor | None,
+) -> None:
     if state.ndim != 4 or state.dtype != torch.float32 or not state.is_contiguous():
         raise ValueError(f"state must be contiguous fp32 [B, H, K, V], got {state.dtype} {list(state.shape)}")
     if q.ndim != 3 or q.shape[0] != state.shape[0]:

@@ -27,6 +27,7 @@ import torch
 
 from ..gpu.arithmetic import kda_sigmoid
 from ..gpu.launching import launch_options, overlap_options
+from ..gpu.sizes import power_of_two
 from .configs import KdaStepConfig
 from .gate import kda_gate_log2
 
@@ -212,6 +213,7 @@ def kda_step_fwd(
     beta: torch.Tensor,
     gate: torch.Tensor,
     o: torch.Tensor,
+    *,
     weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     windows: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
     A_log: torch.Tensor,
@@ -241,7 +243,7 @@ def kda_step_fwd(
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         *f.stride()[:2], *beta.stride()[:2], *gate.stride()[:2],
         *strides,
-        H=H, K=K, V=V, W=W, BW=1 << max(0, W - 2).bit_length(),
+        H=H, K=K, V=V, W=W, BW=power_of_two(W - 1),
         BK=config.BK, BV=config.BV, HAS_LENGTHS=lengths is not None, HAS_TABLE=windows is None,
         PDL=pdl, **launch_options(config), **overlap_options(pdl),
     )  # fmt: skip

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .checks import check_kda_inputs
 
-_NORM_EPS = 1e-6  # added to the sum of squares (reference section 3.2)
+_NORM_EPS = 1e-6  # added to the sum of squares (docs/checkpoint.md, "Norms")
 # Elements of the largest input whose fp32 copies exist at the same time: 512 tokens of 32 heads of 128. Temporaries are
 # some 20 such copies (40 with the backward pass), whatever the length of the sequence.
 _SEGMENT_ELEMENTS = 512 * 32 * 128

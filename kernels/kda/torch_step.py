@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from .torch_forward import _no_autocast
 
-_NORM_EPS = 1e-6  # added to the sum of squares (reference section 3.2)
+_NORM_EPS = 1e-6  # added to the sum of squares (docs/checkpoint.md, "Norms")
 
 
 def kda_step_torch(

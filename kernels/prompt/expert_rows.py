@@ -10,12 +10,11 @@ The mixture of experts around its two grouped matrix products, one pass each, fo
 those of the modules in modeling/layers/moe.py.
 """
 
-import re
-
 import torch
 
 from ..gpu.launching import launches_beside_first_argument
-from ..gpu.sizes import padded
+from ..gpu.operator_names import operator_namespace
+from ..gpu.sizes import padded, power_of_two
 
 try:
     import triton
@@ -23,8 +22,7 @@ try:
 except ImportError:
     from ..gpu.optional_triton import tl, triton
 
-# The file may be loaded twice in a process (package and Hub folder): each copy registers under its own name.
-_NAMESPACE = "kimi_" + re.sub(r"\W", "_", __name__)
+_NAMESPACE = operator_namespace("kimi", __name__)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -128,7 +126,7 @@ def route_fwd(
         BN = max(1, 2048 // BE)
         route_fwd_kernel[(triton.cdiv(N, BN),)](
             logits.contiguous(), bias.contiguous(), weights, experts, scaling, N,
-            E=E, KS=top_k, BN=BN, BE=BE, BK=max(2, 1 << (top_k - 1).bit_length()),
+            E=E, KS=top_k, BN=BN, BE=BE, BK=power_of_two(top_k, at_least=2),
             RENORMALIZE=renormalize, BIASED=biased, num_warps=4,
         )  # fmt: skip
     return weights, experts

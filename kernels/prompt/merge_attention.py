@@ -9,11 +9,11 @@ o_1 [B, T, H, V] fp32 and l_1 [B, H, T] fp32, contiguous, become o and l; o_2 [B
 strides, l_2 [B, H, T] is fp32. One of l_1 and l_2 must be finite.
 """
 
-import re
-
 import torch
 
 from ..gpu.launching import launches_beside_first_argument
+from ..gpu.operator_names import operator_namespace
+from ..gpu.sizes import padded
 
 try:
     import triton
@@ -21,8 +21,7 @@ try:
 except ImportError:
     from ..gpu.optional_triton import tl, triton
 
-# The file may be loaded twice in a process (package and Hub folder): each copy registers under its own name.
-_NAMESPACE = "kimi_" + re.sub(r"\W", "_", __name__)
+_NAMESPACE = operator_namespace("kimi", __name__)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -56,7 +55,7 @@ def merge_attention_fwd(o: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, 
     B, T, H, V = o.shape
     part = part if part.stride(-1) == 1 else part.contiguous()
     if o.numel() > 0:
-        BV = max(16, 1 << (V - 1).bit_length())
+        BV = padded(V)
         BT = max(1, 4096 // BV)
         merge_attention_fwd_kernel[(triton.cdiv(T, BT), B * H)](
             o, lse, part, part_lse.contiguous(), T, *part.stride()[:3], H=H, V=V, BT=BT, BV=BV, num_warps=4

@@ -7,11 +7,11 @@ expanded [B, T, H, N + V] contiguous is what the latent's up-projection gives, s
 other strides; key [B, T, H, N + S] is contiguous. Values are a view of `expanded` and need no pass.
 """
 
-import re
-
 import torch
 
 from ..gpu.launching import launches_beside_first_argument
+from ..gpu.operator_names import operator_namespace
+from ..gpu.sizes import padded, power_of_two
 
 try:
     import triton
@@ -19,8 +19,7 @@ try:
 except ImportError:
     from ..gpu.optional_triton import tl, triton
 
-# The file may be loaded twice in a process (package and Hub folder): each copy registers under its own name.
-_NAMESPACE = "kimi_" + re.sub(r"\W", "_", __name__)
+_NAMESPACE = operator_namespace("kimi", __name__)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -54,8 +53,8 @@ def mla_keys_fwd(expanded: torch.Tensor, shared: torch.Tensor, nope: int) -> tor
     shared = shared if shared.stride(-1) == 1 else shared.contiguous()
     key = torch.empty(B, T, H, nope + S, dtype=expanded.dtype, device=expanded.device)
     if key.numel() > 0:
-        BN, BS = (max(16, 1 << (size - 1).bit_length()) for size in (nope, S))
-        BH = min(1 << (H - 1).bit_length(), max(1, 4096 // BN))
+        BN, BS = padded(nope), padded(S)
+        BH = min(power_of_two(H), max(1, 4096 // BN))
         mla_keys_fwd_kernel[(B * T,)](
             expanded, shared, key, T, *shared.stride()[:2],
             H=H, N=nope, V=width - nope, S=S, BH=BH, BN=BN, BS=BS, num_warps=4,

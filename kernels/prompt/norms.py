@@ -8,11 +8,10 @@ over the last dimension D, in fp32; `round` is to the dtype of x. These are the 
 KimiRMSNormGated (modeling/layers/norms.py), which say where they come from. Rows are strided, y is contiguous.
 """
 
-import re
-
 import torch
 
 from ..gpu.launching import launches_beside_first_argument
+from ..gpu.operator_names import operator_namespace
 from ..gpu.sizes import padded
 
 try:
@@ -21,8 +20,7 @@ try:
 except ImportError:
     from ..gpu.optional_triton import tl, triton
 
-# The file may be loaded twice in a process (package and Hub folder): each copy registers under its own name.
-_NAMESPACE = "kimi_" + re.sub(r"\W", "_", __name__)
+_NAMESPACE = operator_namespace("kimi", __name__)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The short convolution in front of KDA: depthwise, causal, with SiLU (arXiv 2510.26692, section 4; reference 3.2)."""
+"""The short convolution before KDA: depthwise, causal, with SiLU (arXiv 2510.26692, section 4; docs/checkpoint.md)."""
 
 import torch
 import torch.nn.functional as F

@@ -8,11 +8,11 @@ x [B, T, D] with dense channels and any other strides, weight [D, W] with tap W 
 two of `cu_seqlens` [N + 1]. The new window holds each sequence's last W - 1 inputs, of its first `lengths` tokens.
 """
 
-import re
-
 import torch
 
 from ..gpu.launching import launches_beside_first_argument
+from ..gpu.operator_names import operator_namespace
+from ..gpu.sizes import power_of_two
 
 try:
     import triton
@@ -20,8 +20,7 @@ try:
 except ImportError:
     from ..gpu.optional_triton import tl, triton
 
-# The file may be loaded twice in a process (package and Hub folder): each copy registers under its own name.
-_NAMESPACE = "kimi_" + re.sub(r"\W", "_", __name__)
+_NAMESPACE = operator_namespace("kimi", __name__)
 # Taps are unrolled.
 MAX_WIDTH = 16
 
@@ -134,7 +133,7 @@ def short_conv_fwd(
         BT, BD = 128, 128
         short_conv_fwd_kernel[(triton.cdiv(D, BD), triton.cdiv(T, BT), B)](
             x, weight, first, y, T, *x.stride()[:2],
-            D=D, W=W, BT=BT, BS=16, BD=BD, BW=1 << (W - 1).bit_length(), PACKED=cu_seqlens is not None, num_warps=4,
+            D=D, W=W, BT=BT, BS=16, BD=BD, BW=power_of_two(W), PACKED=cu_seqlens is not None, num_warps=4,
         )  # fmt: skip
     if new_window.numel() > 0:
         BD = 512

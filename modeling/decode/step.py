@@ -369,9 +369,9 @@ class DecodeStep:
         o = self._part(self.o, inner)
         weights = tuple(conv.weight[:, 0] for conv in (kda.q_conv1d, kda.k_conv1d, kda.v_conv1d))
         kda_step_fwd(
-            q, k, v, f, beta, gate, o.view(B, T, heads, K), weights, None,
-            kda.A_log, kda.dt_bias, kda.o_norm.weight, entry, self.lengths,
-            K**-0.5, kda.o_norm.variance_epsilon, step_config(K, K), self._pdl,
+            q, k, v, f, beta, gate, o.view(B, T, heads, K), weights=weights, windows=None,
+            A_log=kda.A_log, dt_bias=kda.dt_bias, norm_weight=kda.o_norm.weight, state=entry, lengths=self.lengths,
+            scale=K**-0.5, eps=kda.o_norm.variance_epsilon, config=step_config(K, K), pdl=self._pdl,
         )  # fmt: skip
         self._linear(o, [kda.o_proj.weight], self.x, residual=self.x)
 
@@ -382,9 +382,10 @@ class DecodeStep:
         self._linear(self.x, [mla.q_proj.weight, mla.kv_a_proj_with_mqa.weight], p, norm)
         latent_norm, o = mla.kv_a_layernorm, self._part(self.o, heads * V)
         decode_latent_attention(
-            p, mla.kv_b_proj.weight, latent_norm.weight, latent_norm.variance_epsilon, entry, self.past,
-            self.q_latent, self.partial, self.partial_lse, o.view(-1, heads, V), self.tokens, S, mla.scaling,
-            self._latent_config(), self._upcast, self._pdl,
+            p, mla.kv_b_proj.weight, o.view(-1, heads, V),
+            norm_weight=latent_norm.weight, norm_eps=latent_norm.variance_epsilon, table=entry, past=self.past,
+            q=self.q_latent, partial=self.partial, partial_lse=self.partial_lse, tokens=self.tokens, shared=S,
+            scale=mla.scaling, config=self._latent_config(), upcast=self._upcast, pdl=self._pdl,
         )  # fmt: skip
         self._linear(o, [mla.o_proj.weight], self.x, residual=self.x)
 
@@ -411,8 +412,8 @@ class DecodeStep:
         self._linear(x, [router.weight], self.router, norm)
         if x.shape[0] == 1:
             decode_expert_up(
-                x, norm.weight, norm.variance_epsilon, self.router, bias, gate_up, projections and projections[:2],
-                self.h, chosen, weights, experts_config(x.shape[1]), **rule,
+                x, self.router, self.h, chosen, weights, norm_weight=norm.weight, eps=norm.variance_epsilon, bias=bias,
+                gate_up=gate_up, shared=projections and projections[:2], config=experts_config(x.shape[1]), **rule,
             )  # fmt: skip
             config = down_config(down.shape[2])
             decode_expert_down(self.h, chosen, weights, down, projections and projections[2], x, config, pdl=self._pdl)
@@ -420,8 +421,9 @@ class DecodeStep:
         decode_route(self.router, bias, chosen, weights, **rule)
         decode_group(chosen, *self.groups, router.num_experts, pdl=self._pdl)
         decode_grouped_experts(
-            self.normed, weights, self.groups, gate_up, down, projections, self.h, self.z, x,
-            grouped_configs(x.shape[1], down.shape[2], x.element_size(), self._gpu), self._upcast, self._pdl,
+            self.normed, weights, x, groups=self.groups, gate_up=gate_up, down=down, shared=projections,
+            h=self.h, z=self.z, configs=grouped_configs(x.shape[1], down.shape[2], x.element_size(), self._gpu),
+            upcast=self._upcast, pdl=self._pdl,
         )  # fmt: skip
 
 

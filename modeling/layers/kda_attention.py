@@ -38,7 +38,7 @@ class ShortConvolution(nn.Module):
 class KimiDeltaAttention(nn.Module):
     """KDA layer: short convolutions, per-channel gate, delta rule, gated norm.
 
-    Numerics follow reference section 3.2: gate, beta, l2 norms, state and the recurrence in fp32; projections and
+    Numerics are those of docs/checkpoint.md: gate, beta, l2 norms, state and the recurrence in fp32; projections and
     convolution inputs in the weights' dtype. `A_log` and `dt_bias` are fp32 parameters whatever the model's dtype.
     """
 

@@ -18,7 +18,7 @@ from ...kernels.prompt.attention_lse import attention_with_lse, merge_attention
 from ...kernels.prompt.mla_keys import mla_keys_fwd
 from .norms import KimiRMSNorm
 
-# kv_a_layernorm keeps its class default in the released code, whatever rms_norm_eps says (reference section 3.1).
+# kv_a_layernorm keeps its class default in the released code, whatever rms_norm_eps says (docs/checkpoint.md).
 _LATENT_NORM_EPS = 1e-6
 
 # Up to this many new tokens over a cache, attending in latent space beats expanding every cached row: expansion costs

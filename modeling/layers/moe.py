@@ -89,7 +89,7 @@ class KimiTopkRouter(nn.Module):
         self.tokens_per_expert: torch.Tensor | None = None
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Choose experts (reference section 3.4).
+        """Choose experts (docs/checkpoint.md, "Experts").
 
         Args:
             hidden_states: [N, hidden_size].

@@ -9,6 +9,7 @@ from kimi_linear.hub_card import exporter
 from kimi_linear.hub_card.cli import main
 
 
+@pytest.mark.processes
 def test_help_answers_without_torch_and_shows_examples():
     code = "import sys\nfor name in ('torch', 'transformers'): sys.modules[name] = None\n"
     code += "from kimi_linear.hub_card.cli import main\nmain(['export', '--help'])"

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from safetensors import safe_open
 from tiny_checkpoints import RELEASED_CONFIG, released_tensors, tiny_config
 
-from kimi_linear.hub_card import exporter, random_weights, weight_files
+from kimi_linear.hub_card import exporter, hub_files, random_weights, weight_files
 from kimi_linear.hub_card.code_flattening import flatten_sources
 from kimi_linear.hub_card.exporter import ExportRequest, export
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
@@ -244,3 +245,17 @@ def test_full_disks_of_rust_libraries_count_as_full(source, out, monkeypatch):
     with pytest.raises(OSError, match="is full"):
         export(ExportRequest(out=out, checkpoint=source))
     assert nothing_left(out)
+
+
+def test_the_licence_is_found_beside_a_build_folder_without_one(tmp_path, monkeypatch):
+    """`pip install .` leaves kimi_linear.egg-info in the clone, which comes first where Python starts there."""
+    clone, site = tmp_path / "clone", tmp_path / "site"
+    for folder in (clone / "kimi_linear.egg-info", site / "kimi_linear-0.1.0.dist-info" / "licenses"):
+        folder.mkdir(parents=True)
+    for name in (clone / "kimi_linear.egg-info" / "PKG-INFO", site / "kimi_linear-0.1.0.dist-info" / "METADATA"):
+        name.write_text("Metadata-Version: 2.4\nName: kimi-linear\nVersion: 0.1.0\n")
+    (site / "kimi_linear-0.1.0.dist-info" / "licenses" / "LICENSE").write_text("the licence")
+    monkeypatch.setattr(hub_files, "SOURCE_ROOT", tmp_path)
+    monkeypatch.setattr(sys, "path", [str(clone), str(site)])
+    hub_files.write_code_licence(tmp_path)
+    assert (tmp_path / "LICENSE-code").read_text() == "the licence"

@@ -18,6 +18,8 @@ from kimi_linear.hub_card.cli import main
 from kimi_linear.hub_card.exporter import SMALL_CHECKPOINT, ExportRequest, export
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
 
+pytestmark = pytest.mark.processes
+
 QUESTION = [{"role": "user", "content": "Explain the with statement."}]
 NEVER_STOP = {"1261": -100.0, "1262": -100.0}  # a bias against the tokens that end an answer
 

@@ -335,6 +335,7 @@ print("REPORT" + json.dumps({
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("order", [("native", "ours"), ("ours", "native")], ids=["native_first", "ours_first"])
 def test_both_classes_load_and_run_in_one_process(order, native_class, tiny_folder, tmp_path):
     exported, saved = tmp_path / "exported", tmp_path / "saved"

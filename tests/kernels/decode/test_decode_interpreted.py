@@ -1,18 +1,14 @@
 """
-The kernels of the decode step against PyTorch in float64, in Triton's interpreter: run by test_decode_kernels.py.
+The kernels of the decode step against PyTorch in float64, in Triton's interpreter.
 
 Bounds. fp32 sums of n terms err by some sqrt(n) eps. The interpreter truncates where it casts to bf16, a GPU rounds:
 each rounding on the way counts as one eps of the dtype.
 """
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1; test_decode_kernels.py runs this file so", allow_module_level=True)
 pytest.importorskip("triton")
 
 from kimi_linear.kernels.decode.configs import (
@@ -166,8 +162,10 @@ def test_experts_of_one_token(dtype, shared, randn):
     h, y = torch.full((topk + shared, I), NAN, dtype=dtype), x.clone()
     chosen, weights = torch.full((topk,), -7, dtype=torch.int32), torch.full((topk,), NAN)
     rule = {"factor": 2.446, "biased": False, "renormalize": True}
-    decode_expert_up(x, norm, 1e-5, logits, bias, gate_up, rows and tuple(rows), h, chosen, weights, experts_config(H),
-                     **rule)  # fmt: skip
+    decode_expert_up(
+        x, logits, h, chosen, weights, norm_weight=norm, eps=1e-5, bias=bias, gate_up=gate_up,
+        shared=rows and tuple(rows), config=experts_config(H), **rule,
+    )  # fmt: skip
     decode_expert_down(h, chosen, weights, down, shared_down, y, down_config(I))
     expected, expected_weights = routed(logits[None], bias, topk, **rule)
     assert sorted(chosen.tolist()) == sorted(expected[0].tolist())
@@ -200,7 +198,10 @@ def test_experts_of_several_tokens(dtype, tokens, shared, randn):
             exact[n] += expert(x[n].double(), torch.cat(rows), shared_down)
     configs = grouped_configs(H, I, x.element_size())
     projections = (*rows, shared_down) if shared else None
-    decode_grouped_experts(x, weights, tuple(groups), gate_up, down, projections, h, z, y, configs, upcast=True)
+    decode_grouped_experts(
+        x, weights, y, groups=tuple(groups), gate_up=gate_up, down=down, shared=projections, h=h, z=z, configs=configs,
+        upcast=True,
+    )  # fmt: skip
     assert relative(y, exact) < bound(dtype, 3)  # h, z and y
 
 
@@ -230,9 +231,10 @@ def test_attention_over_latents(dtype, batch, tokens, past, splits, masked, rand
     o, scale = torch.full((N, H, V), NAN, dtype=dtype), (D + S) ** -0.5
     before = rows[:, :past].clone()
     decode_latent_attention(
-        p, kv_b, norm, 1e-6, table, torch.tensor([past]), torch.full((N, H, R + S), NAN, dtype=dtype),
-        torch.full((N, splits, H, R), NAN), torch.full((N, splits, H), NAN), o, tokens, S, scale,
-        latent_config(tokens, H, R, rows.element_size()), upcast=True,
+        p, kv_b, o, norm_weight=norm, norm_eps=1e-6, table=table, past=torch.tensor([past]),
+        q=torch.full((N, H, R + S), NAN, dtype=dtype), partial=torch.full((N, splits, H, R), NAN),
+        partial_lse=torch.full((N, splits, H), NAN), tokens=tokens, shared=S, scale=scale,
+        config=latent_config(tokens, H, R, rows.element_size()), upcast=True,
     )  # fmt: skip
 
     queries = p[:, : H * (D + S)].double().view(batch, tokens, H, D + S)

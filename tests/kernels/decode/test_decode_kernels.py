@@ -1,10 +1,7 @@
 """The kernels of the decode step: the interpreter's tests, and a compilation for the GPU classes they claim."""
 
 import itertools
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -38,23 +35,6 @@ KERNELS = [
     decode_latent.decode_absorb_kernel, decode_latent.decode_join_kernel, decode_latent.decode_value_kernel,
     kda_step.kda_step_fwd_kernel,
 ]  # fmt: skip
-
-
-INTERPRETED = [
-    "kernels/decode/test_decode_interpreted.py",
-    "modeling/decode/test_decode_step_interpreted.py",
-    "modeling/decode/test_step_wholeness_interpreted.py",
-]
-
-
-@pytest.mark.parametrize("path", INTERPRETED)
-def test_interpreter(path):
-    """Kernels against float64 and the step against the layers, in a process whose Triton interprets."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE.parents[1] / path)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[2])
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert " skipped" not in result.stdout, result.stdout
 
 
 @pytest.fixture(scope="module")

@@ -52,8 +52,10 @@ def launch_all(gpu, K, V, dtype, packed, B=1, T=128):
     xq, xk, xv = (torch.empty(B, T, n, dtype=dtype) for n in sizes)
     kda_step.kda_step_fwd(
         xq, xk, xv, xq, torch.empty(B, T, H, dtype=dtype), xv, torch.empty(B, T, H, V, dtype=dtype),
-        tuple(torch.empty(n, W, dtype=dtype) for n in sizes), tuple(torch.empty(B, n, W - 1, dtype=dtype) for n in
-        sizes), A_log, dt_bias, torch.empty(V, dtype=dtype), state, None, 0.1, 1e-5, step_config(K, V),
+        weights=tuple(torch.empty(n, W, dtype=dtype) for n in sizes),
+        windows=tuple(torch.empty(B, n, W - 1, dtype=dtype) for n in sizes),
+        A_log=A_log, dt_bias=dt_bias, norm_weight=torch.empty(V, dtype=dtype), state=state, lengths=None,
+        scale=0.1, eps=1e-5, config=step_config(K, V),
     )  # fmt: skip
 
 

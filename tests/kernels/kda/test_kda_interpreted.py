@@ -1,17 +1,10 @@
 """
 The Triton kernels against the float64 recurrence, in Triton's interpreter: fp32 to fp32 rounding, small shapes.
-
-The interpreter is chosen when triton is imported, so these tests run in a process of their own: test_kda_operators.py
-starts it.
 """
-
-import os
 
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1; test_kda_operators.py runs this file so", allow_module_level=True)
 pytest.importorskip("triton")
 
 from hypothesis import HealthCheck, given, settings

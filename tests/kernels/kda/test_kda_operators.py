@@ -1,9 +1,7 @@
 """
-The public ops of the Triton kernels: checks, fake implementations, import without Triton, and the interpreter's
-tests.
+The public ops of the Triton kernels: checks, fake implementations, where they launch, and import without Triton.
 """
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
+from offline_compile import guarded_launches
+
+from kimi_linear.kernels.kda import index, inter, intra
 from kimi_linear.kernels.kda import operators as kda_operators
+from kimi_linear.kernels.kda import step as kda_step_module
 from kimi_linear.kernels.kda.operators import chunk_kda, kda_step
 
 HERE = Path(__file__).parent
@@ -38,16 +40,6 @@ def step(B=2, T=1, H=2, K=16, V=24, W=4):
         "A_log": torch.zeros(H), "dt_bias": torch.zeros(H * K), "norm_weight": torch.ones(V), "norm_eps": 1e-5,
         "state": torch.zeros(B, H, K, V),
     }  # fmt: skip
-
-
-def test_interpreter():
-    """Every kernel against the oracle, in a process whose Triton interprets."""
-    path = HERE / "test_kda_interpreted.py"
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(path)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[2])
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert " skipped" not in result.stdout, result.stdout
 
 
 @pytest.mark.parametrize(
@@ -106,6 +98,22 @@ def test_exported_for_any_length(monkeypatch):
     assert not any(isinstance(n, int) for n in o.shape[:2])
 
 
+def test_every_operator_launches_on_the_gpu_of_its_tensors(monkeypatch):
+    kernels = (
+        index.kda_index_fwd_kernel,
+        intra.kda_intra_fwd_kernel,
+        inter.kda_inter_fwd_kernel,
+        kda_step_module.kda_step_fwd_kernel,
+    )
+    monkeypatch.setattr(kda_operators, "_check_device", lambda x: None)
+    with guarded_launches(kernels, [kda_operators], monkeypatch) as launches:
+        chunk_kda(**prompt(B=2))
+        chunk_kda(**prompt(), cu_seqlens=torch.tensor([0, 2, 5]))
+        kda_step(**step())
+    assert {name for name, _ in launches} == {kernel.__name__ for kernel in kernels}
+    assert [name for name, guarded in launches if not guarded] == []
+
+
 def test_head_sizes_are_bounded():
     with pytest.raises(ValueError, match="256"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(kda_operators, "_check_device", lambda x: None)
@@ -141,6 +149,7 @@ def test_fake_outputs(monkeypatch):
     assert y.shape == (2, 1, 2, 24)
 
 
+@pytest.mark.processes
 def test_import_without_triton():
     """
     The modules import where Triton is absent (a Hub folder is loaded file by file), and a call says what is missing.

@@ -5,8 +5,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from offline_compile import TARGETS, compiling, resources
+from offline_compile import TARGETS, compiling, guarded_launches, resources
 
+from kimi_linear.kernels.gpu import launching as gpu_launching
 from kimi_linear.kernels.prompt import expert_rows as prompt_expert_rows
 from kimi_linear.kernels.prompt import merge_attention as prompt_merge_attention
 from kimi_linear.kernels.prompt import mla_keys as prompt_mla_keys
@@ -60,3 +61,10 @@ def test_compiles_without_spills(gpu, dtype, monkeypatch):
         print(f"{gpu:7} {dtype} {name:30} registers {registers:3} spilled {spilled:5} shared {kernel.metadata.shared}")
         assert spilled == 0, (name, spilled)
         assert kernel.metadata.shared <= 48 << 10
+
+
+def test_every_operator_launches_on_the_gpu_of_its_tensors(monkeypatch):
+    with guarded_launches(KERNELS, [gpu_launching], monkeypatch) as launches:
+        launch_all(torch.bfloat16)
+    assert {name for name, _ in launches} == {kernel.__name__ for kernel in KERNELS}
+    assert [name for name, guarded in launches if not guarded] == []

@@ -1,18 +1,14 @@
 """
-The fused inference kernels against PyTorch in float64, in Triton's interpreter: run by test_prompt_kernels.py.
+The fused inference kernels against PyTorch in float64, in Triton's interpreter.
 
 Bounds. The interpreter truncates where it casts to bf16, a GPU rounds: each rounding counts as one eps of the dtype.
 fp32 sums of n terms err by some sqrt(n) eps.
 """
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1; test_prompt_kernels.py runs this file so", allow_module_level=True)
 pytest.importorskip("triton")
 
 from tiny_checkpoints import TINY_CONFIGS

@@ -1,6 +1,5 @@
 """The fused inference kernels: the interpreter's tests, fake implementations, the rule that chooses them, imports."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,17 +19,6 @@ from kimi_linear.kernels.prompt.norms import add_rms_norm_fwd, gated_rms_norm_fw
 from kimi_linear.kernels.prompt.short_convolution_kernel import short_conv_fwd
 
 HERE = Path(__file__).parent
-
-
-def test_interpreter():
-    """Every kernel against float64, in a process whose Triton interprets."""
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    path = HERE / "test_prompt_interpreted.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(path)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[2])
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert " skipped" not in result.stdout, result.stdout
 
 
 def test_fake_outputs():
@@ -94,6 +82,7 @@ def test_written_out_attention_takes_few_queries_at_a_time(monkeypatch):
     torch.testing.assert_close(whole[1], parts[1])
 
 
+@pytest.mark.processes
 def test_import_without_triton():
     """The modules import where Triton is absent: a Hub folder is loaded file by file."""
     code = (

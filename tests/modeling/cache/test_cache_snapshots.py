@@ -141,6 +141,7 @@ def test_a_saved_prompt_goes_on_bit_for_bit(name, dtype, load_tiny, random_ids, 
     assert_same_bits(run(model, more, cache=loaded), run(model, more, cache=cache))
 
 
+@pytest.mark.processes
 def test_a_saved_prompt_in_another_process(tiny_folder, load_tiny, random_ids, tmp_path):
     model, ids = load_tiny("hybrid"), random_ids(1, 20)
     run(model, ids[:, :16]).save(tmp_path / "prompt.safetensors")

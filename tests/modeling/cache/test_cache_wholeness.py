@@ -7,17 +7,12 @@ import threading
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-from transformers.generation import BaseStreamer
+from failures import Injected, Stops, raises_at, rule_raises_at
 
 from kimi_linear.modeling.cache.kimi_linear_cache import KimiLinearCache
 from kimi_linear.modeling.prompt import segments as prompt_segments
 
 PROMPT, CONTINUATION = 9, 3
-
-
-class Injected(Exception):
-    """Raised by the tests."""
 
 
 def raising(*args, **kwargs):
@@ -164,44 +159,6 @@ def test_bad_input_changes_nothing(model, random_ids):
     with torch.no_grad(), pytest.raises(ValueError, match="attention_mask"):
         model(ids, past_key_values=cache, attention_mask=torch.ones(1, 4))
     expect_tokens(model, cache, ids)
-
-
-class Stops(BaseStreamer):
-    """Raises when it is given more than `left` tokens; `seen` are those that it took, without the prompt."""
-
-    def __init__(self, left):
-        self.left, self.seen, self.had_prompt = left, [], False
-
-    def put(self, value):
-        if not self.had_prompt:
-            self.had_prompt = True
-        elif len(self.seen) + value.numel() > self.left:
-            raise KeyboardInterrupt
-        else:
-            self.seen += value.flatten().tolist()
-
-    def end(self):
-        pass
-
-
-def raises_at(length):
-    class Fails(LogitsProcessor):
-        def __call__(self, input_ids, scores):
-            if input_ids.shape[1] >= length:
-                raise Injected
-            return scores
-
-    return LogitsProcessorList([Fails()])
-
-
-def rule_raises_at(length):
-    class Fails(StoppingCriteria):
-        def __call__(self, input_ids, scores, **kwargs):
-            if input_ids.shape[1] >= length:
-                raise Injected
-            return torch.zeros(input_ids.shape[0], dtype=torch.bool)
-
-    return StoppingCriteriaList([Fails()])
 
 
 WAYS = {

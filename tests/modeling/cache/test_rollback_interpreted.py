@@ -1,16 +1,11 @@
 """Short continuations and rollback through the fused Triton step, in Triton's interpreter on a CPU.
 
-The interpreter is chosen when triton is imported, so these tests run in a process of their own: test_rollback.py starts
-it. Against the PyTorch path logits agree to 1e-4, as two ways to the same logits do in fp32 (test_cache.py).
+Against the PyTorch path logits agree to 1e-4, as two ways to the same logits do in fp32 (test_cache.py).
 """
-
-import os
 
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1; test_rollback.py runs this file so", allow_module_level=True)
 pytest.importorskip("triton")
 
 from tiny_checkpoints import tiny_config, write_checkpoint

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tensor_files import assert_same_tensors, read_folder
 from tiny_checkpoints import RELEASED_CONFIG, TINY_CONFIGS, released_tensors, tiny_config, write_checkpoint
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
@@ -25,23 +26,6 @@ from kimi_linear.modeling.modeling_kimi_linear import (
 )
 
 FP32_BY_NATURE = ("A_log", "dt_bias")
-
-
-def read_folder(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a folder, and that no name stands in two files."""
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        part = load_file(file)
-        assert not set(part) & set(tensors)
-        tensors.update(part)
-    return tensors
-
-
-def assert_same_tensors(saved: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert set(saved) == set(expected)
-    for name, tensor in expected.items():
-        assert saved[name].dtype == tensor.dtype, name
-        assert torch.equal(saved[name], tensor), name
 
 
 @contextlib.contextmanager
@@ -333,6 +317,7 @@ print(json.dumps({"peak": peak - before, "weights": weights, "layer": layer}))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads RssAnon of /proc/self/status (Linux)")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"], ids=["as stored", "cast"])
+@pytest.mark.processes
 def test_loading_peaks_at_one_copy_of_the_weights_and_a_layer(tiny_folder, tmp_path, dtype):
     config = tiny_config(
         kda_layers=(1, 2, 4, 5),

@@ -1,20 +1,17 @@
-"""Captured steps that fail or are interrupted, in Triton's interpreter: run by test_decode_kernels.py.
+"""Captured steps that fail or are interrupted, in Triton's interpreter.
 
 What continues a cache agrees with the layers to 1e-5 of the norm, as in test_decode_step_interpreted.py.
 """
 
 # ruff: noqa: F811 (fixtures are imported by name)
-import os
 import threading
 
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1; test_decode_kernels.py runs this file so", allow_module_level=True)
 pytest.importorskip("triton")
 
-from test_cache_wholeness import Injected, Stops, raises_at, rule_raises_at
+from failures import Injected, Stops, raises_at, rule_raises_at
 from test_decode_step_interpreted import close, few_programs, make_model, model, stepping  # noqa: F401
 
 from kimi_linear.modeling.cache.kimi_linear_cache import KimiLinearCache
