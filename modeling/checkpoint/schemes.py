@@ -155,7 +155,7 @@ def compressed_format(group: dict[str, Any], format: str | None) -> WeightFormat
     named = str(getattr(named, "value", named))
     kind, bits, symmetric = str(weights.get("type", "int")), weights.get("num_bits", 8), weights.get("symmetric", True)
     if named in ("mixed-precision", "naive-quantized", "None"):
-        named = "float-quantized" if kind == "float" else "int-quantized"
+        named = _inferred_format(group, naive=named == "naive-quantized")
     strategy, block = _reach(weights)
     size = {"group": f"groups of {block and block[1]}", "block": f"blocks of {block}"}.get(strategy, strategy)
     common = {"bits": bits, "strategy": strategy, "block": block, "activations": _activations(group)}
@@ -178,6 +178,22 @@ def compressed_format(group: dict[str, Any], format: str | None) -> WeightFormat
         "int-quantized, float-quantized, mxfp8-quantized, nvfp4-pack-quantized and mxfp4-pack-quantized; quantise the "
         "bf16 checkpoint to one of them (llm-compressor)"
     )
+
+
+def _inferred_format(group: dict[str, Any], naive: bool) -> str:
+    """The format of a group that names none, by compressed-tensors' own rules.
+
+    Args:
+        group: with `weights` and `input_activations`.
+        naive: whether each number is stored in the nearest dtype of its own.
+    """
+    weights = group["weights"]
+    if weights.get("type", "int") == "int":
+        return "int-quantized" if naive or group.get("input_activations") else "pack-quantized"
+    exponents = weights.get("group_size") == 32 and "uint8" in str(weights.get("scale_dtype"))
+    if weights.get("num_bits", 8) == 4:
+        return "mxfp4-pack-quantized" if weights.get("group_size") == 32 else "nvfp4-pack-quantized"
+    return "mxfp8-quantized" if exponents and not naive else "float-quantized"
 
 
 def _reach(weights: dict[str, Any]) -> tuple[str, tuple[int, int] | None]:

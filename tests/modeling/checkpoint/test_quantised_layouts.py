@@ -1,12 +1,14 @@
 """Quantised checkpoints: packed in memory, right against their dequantised weights in float64, saved bit for bit."""
 
 import json
+import types
 
 import pytest
 import torch
 import transformers
 from float64_model import Float64Model
 from packed_weights import (
+    COMPRESSED,
     EXPERTS,
     IGNORED,
     LAYOUTS,
@@ -21,9 +23,15 @@ from safetensors.torch import load_file
 from tiny_checkpoints import released_tensors, tiny_config
 
 from kimi_linear.kernels.weights.handle import WeightHandle
+from kimi_linear.modeling.checkpoint.packed_loading import prepare_packed
 from kimi_linear.modeling.checkpoint.packed_modules import KimiPackedExperts, KimiPackedLinear
+from kimi_linear.modeling.checkpoint.schemes import compressed_format
 from kimi_linear.modeling.decode import path as decode_path
-from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM, KimiLinearModel
+from kimi_linear.modeling.modeling_kimi_linear import (
+    KimiLinearForCausalLM,
+    KimiLinearForSequenceClassification,
+    KimiLinearModel,
+)
 
 pytest.importorskip("compressed_tensors", reason="its files are read by transformers with it (in the dev extra)")
 
@@ -182,7 +190,39 @@ def test_parts_of_a_config_that_cannot_be_read_are_refused(folder_of):
             load(folder_of(quantization_config={**base, **fields}))
 
 
+def test_formats_that_a_mixed_config_does_not_name_are_inferred_as_the_library_does():
+    from compressed_tensors.compressors.format import infer_module_format
+    from compressed_tensors.quantization import QuantizationScheme
+
+    for name, group in COMPRESSED.items():
+        inferred = infer_module_format(torch.nn.Linear, QuantizationScheme(**{**group, "format": None})).value
+        assert compressed_format({**group, "format": None}, "mixed-precision").name.startswith(inferred), name
+
+
+def test_tensor_parallelism_is_refused(folder_of):
+    model = load(folder_of())
+    options = types.SimpleNamespace(device_mesh=object(), hf_quantizer=None)
+    with pytest.raises(NotImplementedError, match="tensor parallelism: packed weights"):
+        prepare_packed(model, None, options)
+
+
 # ---- ways of loading
+
+
+def test_skeleton_has_the_packed_bytes(folder_of):
+    # What device_map="auto" counts.
+    folder = folder_of()
+    with torch.device("meta"):
+        model = KimiLinearForCausalLM(KimiLinearForCausalLM.config_class.from_pretrained(folder))
+    counted = {name: x.nbytes for name, x in model.named_parameters() if name.endswith("_packed")}
+    assert counted == {name: x.nbytes for name, x in load(folder).named_parameters() if name.endswith("_packed")}
+    assert sum(counted.values()) > 0.3 * sum(x.nbytes for x in load(folder).parameters())
+
+
+def test_classifier_has_a_dense_head(folder_of):
+    model = load(folder_of(), KimiLinearForSequenceClassification)
+    assert type(model.score) is torch.nn.Linear and model.score.weight.isfinite().all()
+    assert isinstance(model.model.layers[0].self_attn.q_proj, KimiPackedLinear)
 
 
 @torch.no_grad()
