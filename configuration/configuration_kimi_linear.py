@@ -16,6 +16,15 @@ _KIMI_K3_FIELDS = ("gate_lower_bound", "use_full_rank_gate", "mla_use_output_gat
 # byte-compatible with what vLLM and the makers' code read.
 _OWN_FIELDS = ("router_weight_uses_score_correction_bias", "kda_backend", "output_router_logits", "packed_experts")
 
+# What transformers' native class writes beside the released fields, and where the released file has it.
+_NATIVE_LINEAR_FIELDS = {
+    "linear_head_dim": "head_dim",
+    "linear_num_heads": "num_heads",
+    "linear_conv_kernel_dim": "short_conv_kernel_size",
+}
+# Options of the native class that this model doesn't have. None, False and 0 leave them off.
+_NATIVE_OPTIONS = ("attention_bias", "attention_dropout")
+
 _ROUTER_ACTIVATIONS = ("sigmoid",)
 _KDA_BACKENDS = ("auto", "triton", "fla", "torch")
 
@@ -162,7 +171,11 @@ class KimiLinearConfig(PreTrainedConfig):
         # The released file spells out `"rope_scaling": null`; the base class would turn a set value into rotary fields.
         if kwargs.pop("rope_scaling", None) is not None:
             raise ValueError("rope_scaling must be null: Kimi Linear's MLA has no position encoding to scale")
-        self.linear_attn_config = self._complete_linear_attn_config(self.linear_attn_config, layer_types)
+        native = {key: kwargs.pop(name) for name, key in _NATIVE_LINEAR_FIELDS.items() if name in kwargs}
+        qk_head_dim = kwargs.pop("qk_head_dim", self.qk_head_dim)
+        self.linear_attn_config = self._complete_linear_attn_config(self.linear_attn_config, layer_types, native)
+        if native and mlp_layer_types is not None and list(mlp_layer_types) != self.mlp_layer_types:
+            self._take_dense_layers(list(mlp_layer_types))
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads:
@@ -172,6 +185,11 @@ class KimiLinearConfig(PreTrainedConfig):
         # The released padding lies outside a smaller vocabulary; who left the field out may still set it.
         if self.pad_token_id != type(self).pad_token_id:
             self._check_pad_token()
+        if qk_head_dim != self.qk_head_dim:
+            raise ValueError(
+                f"qk_head_dim={qk_head_dim} contradicts qk_nope_head_dim + qk_rope_head_dim = {self.qk_head_dim}; "
+                "leave it out"
+            )
         for name, given in (("layer_types", layer_types), ("mlp_layer_types", mlp_layer_types)):
             if given is not None and list(given) != getattr(self, name):
                 raise ValueError(
@@ -179,8 +197,17 @@ class KimiLinearConfig(PreTrainedConfig):
                     f"which say {getattr(self, name)}; give only one of them"
                 )
 
-    def _complete_linear_attn_config(self, given: dict[str, Any] | None, layer_types: list[str] | None) -> dict:
-        """Fill what the caller left out, from `layer_types` where given, else from the released pattern."""
+    def _take_dense_layers(self, mlp_layer_types: list[str]) -> None:
+        """Set `first_k_dense_replace` from the native class's list, which replaces it there; other values stay."""
+        dense = mlp_layer_types.count("dense")
+        dense_first = mlp_layer_types == ["dense"] * dense + ["sparse"] * (len(mlp_layer_types) - dense)
+        if dense_first and self.first_k_dense_replace == type(self).first_k_dense_replace and self.moe_layer_freq == 1:
+            self.first_k_dense_replace = dense
+
+    def _complete_linear_attn_config(
+        self, given: dict[str, Any] | None, layer_types: list[str] | None, native: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Fill what the caller left out: from `layer_types` and the `native` sizes where given, else as released."""
         if not isinstance(given, dict | None):
             raise ValueError(f"linear_attn_config={given!r} must be a dictionary")
         config = dict(given or {})
@@ -197,6 +224,11 @@ class KimiLinearConfig(PreTrainedConfig):
             config["kda_layers"] = [i for i in numbers if i not in config["full_attn_layers"]]
         if "full_attn_layers" not in config:
             config["full_attn_layers"] = [i for i in numbers if i not in config["kda_layers"]]
+        for name, key in _NATIVE_LINEAR_FIELDS.items():
+            if key in native and config.setdefault(key, native[key]) != native[key]:
+                raise ValueError(
+                    f"{name}={native[key]} contradicts linear_attn_config[{key!r}]={config[key]}; give only one of them"
+                )
         config.setdefault("head_dim", 128)
         config.setdefault("num_heads", 32)
         config.setdefault("short_conv_kernel_size", 4)
@@ -253,6 +285,9 @@ class KimiLinearConfig(PreTrainedConfig):
             value = getattr(self, name, None)
             if value is not None and value is not False:
                 raise ValueError(f"{name}={value!r} is a field of Kimi K3's text model, which this package cannot run")
+        for name in _NATIVE_OPTIONS:
+            if getattr(self, name, None):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be left out: Kimi Linear's attention has none")
         if self.q_lora_rank is not None:
             raise ValueError(
                 f"q_lora_rank={self.q_lora_rank} must be null: Kimi Linear does not compress queries (Kimi K3 does)"

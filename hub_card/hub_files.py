@@ -25,6 +25,8 @@ _FAST_TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+# What transformers 5 writes of how a tokenizer was loaded before it was saved.
+_ABOUT_THE_SAVING_PROCESS = ("backend", "is_local", "local_files_only")
 # <|im_end|> ends a chat turn and [EOS] a text; the released config.json names only the first.
 _RELEASED_STOPS = [163586, 163585]
 
@@ -97,8 +99,27 @@ def write_tokenizer(source: Path, config: KimiLinearConfig, folder: Path) -> boo
         # Both would name Python files that are not exported.
         if settings.pop("auto_map", None) is not None:
             settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        _write_json(folder / "tokenizer_config.json", settings)
+        _write_json(folder / "tokenizer_config.json", readable_by_transformers_4(settings))
     return True
+
+
+def saved_by_transformers_5(settings: dict[str, Any]) -> bool:
+    """Whether a tokenizer_config.json names what only transformers 5 knows: its class, a list of extra tokens."""
+    return settings.get("tokenizer_class") == "TokenizersBackend" or isinstance(
+        settings.get("extra_special_tokens"), list
+    )
+
+
+def readable_by_transformers_4(settings: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer_config.json as transformers 4.57 and 5 read it: the older class name and list of special tokens."""
+    settings = {name: value for name, value in settings.items() if name not in _ABOUT_THE_SAVING_PROCESS}
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        extra = settings.pop("extra_special_tokens")
+        known = settings.get("additional_special_tokens") or []
+        settings["additional_special_tokens"] = [*known, *(token for token in extra if token not in known)]
+    return settings
 
 
 def has_chat_template(folder: Path) -> bool:
@@ -147,6 +168,8 @@ __all__ = [
     "AUTO_MAP",
     "has_chat_template",
     "read_config",
+    "readable_by_transformers_4",
+    "saved_by_transformers_5",
     "write_code_licence",
     "write_config",
     "write_generation_config",

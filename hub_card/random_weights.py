@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ..configuration.configuration_kimi_linear import KimiLinearConfig
+from ..modeling.checkpoint.saving import to_released
 from ..modeling.modeling_kimi_linear import KimiLinearForCausalLM
 
 # Saving takes the stacked experts apart, into copies. Peak measured at 1.66 times the weights (1.2 GB, 128 experts).
@@ -17,7 +18,9 @@ def random_weight_bytes(config: KimiLinearConfig) -> int:
     """Size of the bf16 checkpoint of `config`, from a model without storage."""
     with torch.device("meta"):
         model = _bf16_model(config)
-    return sum(parameter.nbytes for parameter in model.state_dict().values())
+    state = model.state_dict()
+    to_released(state, torch.bfloat16)
+    return sum(parameter.nbytes for parameter in state.values())
 
 
 def write_random_weights(config: KimiLinearConfig, folder: Path, *, seed: int, max_shard_size: str = "5GB") -> int:

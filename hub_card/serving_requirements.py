@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..configuration.configuration_kimi_linear import KimiLinearConfig
-from .hub_files import has_chat_template, read_config
+from .hub_files import has_chat_template, read_config, saved_by_transformers_5
 from .quantised_tensors import ExpectedTensors, expected_tensors
 from .released_tensors import released_shapes
 from .weight_files import find_weights
@@ -51,6 +51,16 @@ _FIXED = (
     ("tie_word_embeddings", False, "lm_head is a weight of its own"),
     ("router_weight_uses_score_correction_bias", False, "experts are mixed by their unbiased scores"),
 )
+
+# What llama.cpp's converter and exllamav3 don't look at: a folder with it converts, and answers otherwise.
+_IGNORED_ELSEWHERE = {
+    "several expert groups": lambda config: config.num_expert_group > 1,
+    "weights of experts without renormalisation": lambda config: (
+        bool(config.num_experts) and not config.moe_renormalize
+    ),
+    "tied embeddings": lambda config: config.tie_word_embeddings,
+    "other numbers of heads in KDA than in MLA": lambda config: config.num_attention_heads != config.linear_num_heads,
+}
 
 
 @dataclass(frozen=True)
@@ -104,10 +114,9 @@ def _field_problems(config: KimiLinearConfig, fields: dict[str, Any]) -> list[st
 
 def _tensor_problems(expected: ExpectedTensors, present: dict[str, tuple[int, ...]]) -> list[str]:
     shapes = expected.shapes
-    unknown = [name for name in set(present) - set(shapes) if name.rpartition(".")[0] not in expected.unjudged]
     groups = {
         "lacks": sorted(set(shapes) - set(present)),
-        "holds, and they would not know,": sorted(unknown),
+        "holds, and they would not know,": sorted(set(present) - set(shapes) - expected.accepted),
         "holds in another shape": sorted(n for n in set(shapes) & set(present) if present[n] not in shapes[n]),
     }
     return [
@@ -141,6 +150,16 @@ def _notes(config: KimiLinearConfig, fields: dict[str, Any], folder: Path) -> li
     if (limit := _tokenizer_limit(folder)) < config.model_max_length:
         text = f"vLLM serves no more than {limit} tokens, model_max_length of tokenizer_config.json; the config says "
         notes.append(text + str(config.model_max_length))
+    if ignored := [what for what, has in _IGNORED_ELSEWHERE.items() if has(config)]:
+        notes.append(
+            f"llama.cpp and exllamav3 ignore {', '.join(ignored)}: they convert the folder and answer otherwise"
+        )
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file() and saved_by_transformers_5(json.loads(settings.read_text(encoding="utf-8"))):
+        notes.append(
+            "tokenizer_config.json was saved by transformers 5 (TokenizersBackend, a list of tokens): engines on 4.57 "
+            "cannot read it; `export --checkpoint` writes it as both read it"
+        )
     return notes
 
 

@@ -58,6 +58,14 @@ LAYOUT_OFFSETS = {
 }
 # Seen in the Kimi K2 family only: used when the source folder names no token at all.
 FAMILY_OFFSETS = {"<|start_header_id|>": 6, "<|end_header_id|>": 7, "[EOT]": 9}
+# Tokens of tool calls, seen in the family only; they name the slots that the source folder leaves unnamed.
+TOOL_OFFSETS = {
+    "<|tool_calls_section_begin|>": 11,
+    "<|tool_calls_section_end|>": 12,
+    "<|tool_call_begin|>": 13,
+    "<|tool_call_argument_begin|>": 14,
+    "<|tool_call_end|>": 15,
+}
 MIN_SLOTS = max(LAYOUT_OFFSETS.values()) + 3
 
 CHAT_TOKENS = tuple(name for name in LAYOUT_OFFSETS if name.startswith("<|im_"))
@@ -145,13 +153,14 @@ def special_tokens(
                 f"{num_ranks + slots}: pass the model's own vocab_size"
             )
     last = min(slots, EMBEDDED_SLOTS) - 1
-    offsets = LAYOUT_OFFSETS | {"[PAD]": last}
+    offsets = LAYOUT_OFFSETS | TOOL_OFFSETS | {"[PAD]": last}
     if not named:
         offsets |= FAMILY_OFFSETS | {"[UNK]": last - 1}
     taken = {token.content for token in names.values()}
     for name, offset in offsets.items():
         if name not in taken:
-            names.setdefault(num_ranks + offset, _added_token(name))
+            # Decoding leaves out special tokens, but a call must be read out of the text.
+            names.setdefault(num_ranks + offset, _added_token(name, special=name not in TOOL_OFFSETS))
     tokens = [names.get(i) or _added_token(f"<|reserved_token_{i}|>") for i in range(num_ranks, num_ranks + slots)]
     contents = [token.content for token in tokens]
     for token_id, content in enumerate(contents, start=num_ranks):

@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import platform
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -216,7 +217,13 @@ def save_model(model: KimiLinearForCausalLM, out: Path) -> KimiLinearForCausalLM
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         # Loading is what knows which parameters stay in fp32.
-        KimiLinearForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(out)
+        saved = KimiLinearForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        saved.save_pretrained(f"{folder}/bf16")
+        # Without the code, which each export brings.
+        for name in ("model.safetensors", "generation_config.json"):
+            shutil.copyfile(f"{folder}/bf16/{name}", out / name)
+        del saved.config.auto_map
+        saved.config.save_pretrained(out)
     return KimiLinearForCausalLM.from_pretrained(out, dtype="auto")
 
 

@@ -27,6 +27,40 @@ class FolderModel:
         return model
 
 
+def answer_template_errors() -> None:
+    """Make the server answer 400, with the reason, where messages are malformed or the chat template refuses them.
+
+    transformers' server lets these exceptions pass, which becomes a 500 without a word.
+    """
+    import fastapi
+    from fastapi.responses import JSONResponse
+    from jinja2.exceptions import TemplateError
+    from transformers.cli.serving import server, utils
+
+    def refused(_request: fastapi.Request, error: TemplateError) -> JSONResponse:
+        message = f"the messages cannot be made a prompt: {error}"
+        return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status_code=400)
+
+    read = utils.BaseHandler.get_processor_inputs_from_messages
+
+    def read_messages(messages: Any, modality: Any) -> Any:
+        try:
+            return read(messages, modality)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            reason = f"a message or one of its tool_calls is malformed ({type(error).__name__}: {error})"
+            raise TemplateError(reason) from error
+
+    utils.BaseHandler.get_processor_inputs_from_messages = staticmethod(read_messages)
+    build = server.build_server
+
+    def build_server(*args: Any, **kwargs: Any) -> fastapi.FastAPI:
+        app = build(*args, **kwargs)
+        app.add_exception_handler(TemplateError, refused)
+        return app
+
+    server.build_server = build_server
+
+
 def serve(folder: Path, options: Sequence[str] = ()) -> None:
     """Run `transformers serve` for `folder` until it is interrupted.
 
@@ -53,6 +87,7 @@ def serve(folder: Path, options: Sequence[str] = ()) -> None:
     from transformers.cli.transformers import app
 
     transformers.KimiLinearForCausalLM = FolderModel
+    answer_template_errors()
     app(["serve", str(folder), "--trust-remote-code", *options])
 
 

@@ -28,6 +28,15 @@ def check_token_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
         )
 
 
+def expect_token_ids(inputs: Any) -> None:
+    """Raise ValueError unless the `inputs` of `generate()` are a tensor or None."""
+    if inputs is not None and not isinstance(inputs, torch.Tensor):
+        fix = "a tensor [batch, tokens]"
+        if hasattr(inputs, "keys"):
+            fix = "its tensors, by name: generate(**inputs), or inputs=inputs['input_ids'] with the attention_mask"
+        raise ValueError(f"generate(inputs=...) got a {type(inputs).__name__}; give {fix}")
+
+
 def check_embeddings(inputs_embeds: torch.Tensor, hidden_size: int) -> None:
     """Raise ValueError unless `inputs_embeds` is [B, T, hidden_size] with at least one token."""
     if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != hidden_size:
@@ -101,6 +110,33 @@ def check_cache(cache: Any, config: KimiLinearConfig, batch_size: int) -> None:
             _check_held(index, "shared keys", shared, batch_size, (1, None, config.qk_rope_head_dim))
 
 
+def check_mask_values(attention_mask: Any) -> None:
+    """Raise ValueError unless a [B, T] `attention_mask` holds nothing but 0 and 1. Compiled graphs skip it.
+
+    A mask that numbers packed samples (1 1 1 2 2 2) would pass for one sequence.
+    """
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2 or attention_mask.dtype == torch.bool:
+        return
+    if torch.compiler.is_compiling() or attention_mask.numel() == 0 or attention_mask.device.type == "meta":
+        return
+    if attention_mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    wrong = attention_mask[(attention_mask != 0) & (attention_mask != 1)]
+    if wrong.numel():
+        raise ValueError(
+            f"attention_mask holds {wrong[0].item()}, but must be 1 at tokens and 0 at padding. Packed samples are "
+            "kept apart by cu_seq_lens_q, or by position_ids that restart, without a mask (DataCollatorWithFlattening)"
+        )
+
+
+def checkpointing_over_cache_error(past_length: int) -> ValueError:
+    """What to raise where layers are checkpointed over a filled cache, which transformers keeps from them."""
+    return ValueError(
+        f"past_key_values holds {past_length} tokens, and gradient checkpointing keeps the cache from the layers: "
+        "leave out the cache, call the model under torch.no_grad(), or call gradient_checkpointing_disable()"
+    )
+
+
 def _check_held(index: int, what: str, held: Any, batch_size: int, shape: tuple[int | None, ...]) -> None:
     """Raise ValueError unless a cached tensor is [batch_size, *shape]; None in `shape` fits any length."""
     if not isinstance(held, torch.Tensor) or held.ndim != len(shape) + 1:
@@ -148,4 +184,14 @@ def check_mask(attention_mask: Any, batch_size: int, length: int, past_length: i
         )
 
 
-__all__ = ["check_cache", "check_embeddings", "check_labels", "check_mask", "check_positions", "check_token_ids"]
+__all__ = [
+    "check_cache",
+    "check_embeddings",
+    "check_labels",
+    "check_mask",
+    "check_mask_values",
+    "check_positions",
+    "check_token_ids",
+    "checkpointing_over_cache_error",
+    "expect_token_ids",
+]

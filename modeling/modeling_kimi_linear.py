@@ -1,13 +1,11 @@
 """Kimi Linear for Hugging Face transformers: decoder, language model and sequence classifier (arXiv 2510.26692)."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -25,14 +23,20 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from ..configuration.configuration_kimi_linear import KimiLinearConfig
 from ..kernels.kda.checks import check_cu_seqlens
 from .cache.kimi_linear_cache import KimiLinearCache
-from .checkpoint.conversions import conversions_for_loading, conversions_for_saving, damaged_file_error
-from .checkpoint.packed_dequantise import asking
-from .checkpoint.packed_loading import finish_packed, pack_modules, prepare_packed
+from .checkpoint.mixin import ReleasedCheckpointMixin
 from .checkpoint.packed_modules import KimiPackedLinear
-from .checkpoint.refusals import refuse_saving, refuse_unreadable
 from .decode.path import DecodePath
 from .generate.mixin import KimiGenerationMixin
-from .input_checks import check_cache, check_embeddings, check_labels, check_mask, check_positions, check_token_ids
+from .input_checks import (
+    check_cache,
+    check_embeddings,
+    check_labels,
+    check_mask,
+    check_mask_values,
+    check_positions,
+    check_token_ids,
+    checkpointing_over_cache_error,
+)
 from .layers.kda_attention import KimiDeltaAttention, ShortConvolution
 from .layers.masks import make_masks
 from .layers.mla_attention import KimiMLAAttention
@@ -40,7 +44,7 @@ from .layers.moe import KimiExperts, KimiMLP, KimiSparseMoeBlock, KimiTopkRouter
 from .layers.norms import KimiRMSNorm
 from .layers.sequence_layout import PaddingLayout, cu_seqlens_of_restarts, position_ids_of_packed
 from .prompt.segments import forward_in_segments, takes_segments
-from .transformers_versions import CACHE_NAME, as_argument, one_cache, warn_outside_range
+from .transformers_versions import CACHE_NAME, as_argument, name_language_model, one_cache, warn_outside_range
 
 logger = logging.get_logger(__name__)
 
@@ -50,6 +54,7 @@ class KimiDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: KimiLinearConfig, layer_idx: int) -> None:
         super().__init__()
+        self._recomputes = False
         self.is_kda = config.layer_types[layer_idx] == "linear_attention"
         self.is_moe = config.mlp_layer_types[layer_idx] == "sparse"
         self.self_attn = (KimiDeltaAttention if self.is_kda else KimiMLAAttention)(config, layer_idx)
@@ -59,6 +64,29 @@ class KimiDecoderLayer(GradientCheckpointingLayer):
             self.mlp = KimiMLP(config.hidden_size, config.intermediate_size)
         self.input_layernorm = KimiRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = KimiRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether to recompute this layer in backward: as set, but never where there is none.
+
+        Before 5.24 transformers asks this in training mode without gradients too, and takes the cache away for it.
+        """
+        return self._recomputes and torch.is_grad_enabled()
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self._recomputes = value
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`forward` with hooks and checkpointing; the first pass of a reentrant checkpoint runs without gradients."""
+        if not (self.is_moe and self.training and self.gradient_checkpointing):
+            return super().__call__(*args, **kwargs)
+        router = self.block_sparse_moe.gate
+        router.in_checkpoint = True
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            router.in_checkpoint = False
 
     def forward(
         self,
@@ -97,7 +125,7 @@ class KimiDecoderLayer(GradientCheckpointingLayer):
         return residual + hidden_states
 
 
-class KimiLinearPreTrainedModel(PreTrainedModel):
+class KimiLinearPreTrainedModel(ReleasedCheckpointMixin, PreTrainedModel):
     """Weight initialisation, loading from the released layout, and what transformers asks about the architecture."""
 
     config: KimiLinearConfig
@@ -107,7 +135,8 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["KimiDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache"]  # the layers' name, and the boundary's since 5.24
     # Kept in fp32 when the model is loaded in bf16 or fp16: rounding A_log changes exp(A_log) by up to 0.9%.
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
+    # Correction biases move by 1e-3 in training, less than bf16 can tell apart.
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "e_score_correction_bias"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -123,30 +152,9 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: KimiLinearConfig, *args: Any, **kwargs: Any) -> None:
         warn_outside_range()
+        name_language_model()
         config.check_consistency()  # fields may have been changed since the config was built
         super().__init__(config, *args, **kwargs)
-
-    def post_init(self) -> None:
-        """As transformers', over packed modules where the config says that the checkpoint is quantised."""
-        pack_modules(self)
-        super().post_init()
-
-    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
-        pack_modules(self)  # again: transformers' FP8 quantizer replaces every module that is called `experts`
-        return super()._get_dtype_plan(dtype)
-
-    @property
-    def _weight_conversions(self) -> list[Any]:
-        """What save_pretrained undoes. Loaders set it; transformers deletes it when it dequantises a model."""
-        return conversions_for_saving(self, self.__dict__.get("_conversions_of_the_loader"))
-
-    @_weight_conversions.setter
-    def _weight_conversions(self, loaded: list[Any] | None) -> None:
-        self.__dict__["_conversions_of_the_loader"] = loaded
-
-    @_weight_conversions.deleter
-    def _weight_conversions(self) -> None:
-        self.__dict__.pop("_conversions_of_the_loader", None)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -174,30 +182,6 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         """True. transformers would look for the decorator in the text of this file, but the experts have their own."""
         return True
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any):
-        """As transformers', but quantised files that would load wrong are refused before a weight is read."""
-        refuse_unreadable(pretrained_model_name_or_path, config, kwargs)
-        with asking(kwargs):
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As transformers', but quantised weights that would be saved wrong are refused."""
-        refuse_saving(self)
-        super().save_pretrained(save_directory, *args, **kwargs)
-
-    @staticmethod
-    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, **kwargs: Any):
-        mapping = conversions_for_loading(load_config.weight_mapping, load_config.hf_quantizer, model, checkpoint_files)
-        load_config = dataclasses.replace(load_config, weight_mapping=mapping)
-        prepare_packed(model, checkpoint_files, load_config)
-        try:
-            loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs)
-        except SafetensorError as error:
-            raise damaged_file_error(checkpoint_files, error) from error
-        finish_packed(model, load_config, loaded[0].missing_keys)
-        return loaded
 
     def update_correction_biases(self, rate: float = 1e-3) -> None:
         """Balance the experts of every MoE layer (arXiv 2408.15664); call it after each optimiser step.
@@ -298,6 +282,9 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
             check_cache(past_key_values, self.config, batch_size)
         past_length = self._past_length(past_key_values)
         check_mask(attention_mask, batch_size, length, past_length)
+        check_mask_values(attention_mask)
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and past_length:
+            raise checkpointing_over_cache_error(past_length)
         if position_ids is None:
             position_ids = torch.arange(length, device=inputs_embeds.device)[None] + (past_length or 0)
 

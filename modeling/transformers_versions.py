@@ -11,6 +11,7 @@ from typing import Any
 import transformers
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -32,6 +33,15 @@ def warn_outside_range() -> None:
             f"and {transformers.__version__} is installed; install a version of that range, or compare its answers "
             "with one before you rely on them"
         )
+
+
+def name_language_model() -> None:
+    """Let Trainer know that this class predicts the next token, where transformers has no class of that name.
+
+    With label smoothing Trainer computes the loss itself, and shifts labels only for the names in this list. Versions
+    before 5.17 lack ours, and compared each token with itself.
+    """
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("kimi_linear", "KimiLinearForCausalLM")
 
 
 def one_cache(past_key_values: Cache | None, cache: Cache | None, others: dict[str, Any]) -> Cache | None:
@@ -71,4 +81,4 @@ def as_argument(cache: Cache | None) -> dict[str, Cache]:
     return {} if cache is None else {CACHE_NAME: cache}
 
 
-__all__ = ["CACHE_NAME", "NEWEST", "OLDEST", "as_argument", "one_cache", "warn_outside_range"]
+__all__ = ["CACHE_NAME", "NEWEST", "OLDEST", "as_argument", "name_language_model", "one_cache", "warn_outside_range"]

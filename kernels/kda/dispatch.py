@@ -7,11 +7,9 @@ import torch
 
 from ..gpu.availability import is_available, is_first_choice, serves
 from .operators import MAX_HEAD_DIM, chunk_kda, kda_step
+from .torch_compiled import CHUNKED_FROM, kda_torch_fwd
 from .torch_forward import chunk_kda_torch, recurrent_kda_torch
 from .torch_step import kda_step_torch
-
-# About where the chunked form begins to beat stepping token by token on a CPU.
-_CHUNKED_FROM = 16
 
 
 @lru_cache(maxsize=1)
@@ -100,7 +98,10 @@ def kda(
     if chosen == "triton":
         run = chunk_kda
     else:
-        run = chunk_kda_torch if q.shape[1] >= _CHUNKED_FROM else recurrent_kda_torch
+        if torch.compiler.is_compiling() and q.shape[1] != 1:
+            o, state = kda_torch_fwd(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens)
+            return o, state if output_final_state else None
+        run = chunk_kda_torch if q.shape[1] >= CHUNKED_FROM else recurrent_kda_torch
     return run(
         q,
         k,

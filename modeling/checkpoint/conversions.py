@@ -6,13 +6,16 @@ conversion shard by shard while loading and undoes it in `save_pretrained`.
 """
 
 import inspect
+import re
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
 from .packed_names import PlainNames, experts_conversions, packed_modules, plain_names
+
+_LAYER_OF_EXPERTS = re.compile(r"(?:^|\.)layers\.(\d+)\..*\bexperts\.")
 
 
 def released_layout_conversions(experts: str = "block_sparse_moe.experts") -> list[WeightConverter]:
@@ -35,8 +38,47 @@ def released_layout_conversions(experts: str = "block_sparse_moe.experts") -> li
     ]
 
 
+def renamings_for_loading() -> list[WeightRenaming]:
+    """From the names that llm-compressor gives to experts it has taken apart, to the released ones."""
+    experts = r"block_sparse_moe\.experts\.(\d+)\."
+    names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    return [
+        WeightRenaming(rf"{experts}{name}\.", rf"block_sparse_moe.experts.\1.{released}.")
+        for name, released in names.items()
+    ]
+
+
+def check_experts_were_read(info: Any, num_hidden_layers: int) -> None:
+    """Raise ValueError if experts found no tensor, or tensors of experts found no place.
+
+    The loader initialises what is missing and reports the rest, which for experts means random weights.
+
+    Args:
+        info: the loader's `LoadStateDictInfo`.
+        num_hidden_layers: of the model; tensors of later layers are left out on purpose.
+    """
+    if info.conversion_errors or info.error_msgs:
+        return  # transformers raises for these, with details
+    missing = sorted(name for name in info.missing_keys if _LAYER_OF_EXPERTS.search(name))
+    unread = []
+    for name in sorted(info.unexpected_keys):
+        found = _LAYER_OF_EXPERTS.search(name)
+        if found and int(found[1]) < num_hidden_layers:
+            unread.append(name)
+    problems = [
+        f"{what}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        for what, names in (("experts that no tensor fills", missing), ("tensors that nobody reads", unread))
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f"the experts of this checkpoint cannot be read. {'; '.join(problems)}. They must have the released names "
+            "(block_sparse_moe.experts.N.w1.weight, w2, w3), unquantised or in a format that this package reads"
+        )
+
+
 def conversions_for_loading(
-    found: list[Any] | None, hf_quantizer: Any, model: Any, files: list[str] | None
+    found: list[Any] | None, hf_quantizer: Any, model: Any, files: list[str] | None = None
 ) -> list[Any]:
     """What the loader is to apply, given what transformers found for our model_type.
 
@@ -47,21 +89,22 @@ def conversions_for_loading(
     """
     native = {_patterns(entry) for entry in get_checkpoint_conversion_mapping("kimi_linear") or []}
     kept = [entry for entry in found or [] if _patterns(entry) not in native]
+    reading = renamings_for_loading()
     ours: list[Any] = experts_conversions(model, released_layout_conversions, files)
     if model.config.packed_experts:
         known = {_patterns(entry) for entry in kept}
         library = [] if hf_quantizer is None else _updated([], hf_quantizer, model)
-        return ours + [entry for entry in library if _patterns(entry) not in known] + kept
+        return [*reading, *ours, *(entry for entry in library if _patterns(entry) not in known), *kept]
     if packed_modules(model):
         # The library's converters of packed weights would unpack them, or stack them another way.
         library = {_patterns(entry) for entry in _updated([], hf_quantizer, model)}
         kept = [entry for entry in kept if _patterns(entry) not in library]
-        return ours + kept + plain_names(model)
+        return [*reading, *ours, *kept, *plain_names(model)]
     if hf_quantizer is not None:
         known = {_patterns(entry) for entry in kept}
         ours = [entry for entry in _updated(ours, hf_quantizer, model) if _patterns(entry) not in known]
     # A pre-quantised checkpoint brings a converter for any `weight`; the first that matches wins, so ours go in front.
-    return ours + kept
+    return [*reading, *ours, *kept]
 
 
 def conversions_for_saving(model: Any, loaded: list[Any] | None) -> list[Any]:
@@ -69,9 +112,12 @@ def conversions_for_saving(model: Any, loaded: list[Any] | None) -> list[Any]:
 
     Args:
         model: about to be saved.
-        loaded: what the loader used, or None. Its renamings (the user's `key_mapping`, the library's) are kept.
+        loaded: what the loader used, or None. Its renamings (the user's `key_mapping`, the library's) are kept, but
+            for those that only reading needs.
     """
+    reading = {_patterns(entry) for entry in renamings_for_loading()}
     kept = [entry for entry in loaded or [] if type(entry) is not PlainNames and not _is_of_experts(entry)]
+    kept = [entry for entry in kept if _patterns(entry) not in reading]
     return experts_conversions(model, released_layout_conversions) + kept + plain_names(model)
 
 
@@ -100,4 +146,11 @@ def damaged_file_error(files: list[str] | None, error: SafetensorError) -> Safet
     return SafetensorError(f"damaged weight files, download them again: {', '.join(damaged)}") if damaged else error
 
 
-__all__ = ["conversions_for_loading", "conversions_for_saving", "damaged_file_error", "released_layout_conversions"]
+__all__ = [
+    "check_experts_were_read",
+    "conversions_for_loading",
+    "conversions_for_saving",
+    "damaged_file_error",
+    "released_layout_conversions",
+    "renamings_for_loading",
+]

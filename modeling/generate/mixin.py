@@ -9,7 +9,7 @@ from transformers.generation import GenerationMixin
 from ..cache.kimi_linear_cache import KimiLinearCache
 from ..decode.loop import can_sample_with_steps, sample_with_steps
 from ..decode.path import serves, step_mask
-from ..input_checks import check_cache, check_mask, check_token_ids
+from ..input_checks import check_cache, check_mask, check_token_ids, expect_token_ids
 from ..transformers_versions import CACHE_NAME, as_argument, one_cache
 from .cache_setup import bound_unbounded_layers, expect_text
 from .refusals import check_cache_implementation, continuous_batching_error
@@ -62,6 +62,10 @@ class KimiGenerationMixin(GenerationMixin):
             next_sequence_length = uncached_tokens(past_key_values, input_ids)
         held = {CACHE_NAME: past_key_values, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **held, **kwargs)
+
+    def _prepare_model_inputs(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        expect_token_ids(inputs)
+        return super()._prepare_model_inputs(inputs, *args, **kwargs)
 
     def _get_candidate_generator(
         self, *args: Any, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any

@@ -1,5 +1,7 @@
 """Kimi Delta Attention, the linear-attention layer (arXiv 2510.26692, section 3)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
@@ -10,6 +12,7 @@ from ...kernels.prompt.short_convolution import causal_short_conv
 from ..cache.kda_layer import KDACacheLayer
 from ..cache.kimi_linear_cache import own_kda_layer, read_kda_states, write_kda_states
 from ..cache.recording import KDAStepWeights, RawInputs
+from .fp32_parameters import keeping_fp32
 from .norms import KimiRMSNormGated
 from .sequence_layout import PaddingLayout
 
@@ -64,6 +67,9 @@ class KimiDeltaAttention(nn.Module):
         self.g_b_proj = nn.Linear(self.head_dim, inner, bias=False)
         self.o_norm = KimiRMSNormGated(self.head_dim, eps=config.rms_norm_eps)
         self.o_proj = nn.Linear(inner, hidden_size, bias=False)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "KimiDeltaAttention":
+        return super()._apply(keeping_fp32(fn, self.A_log, self.dt_bias), recurse)
 
     def forward(
         self,

@@ -1,5 +1,8 @@
 """Feed-forward layers: the gated MLP and the mixture of experts with shared expert (arXiv 2510.26692, section 4)."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -9,6 +12,8 @@ from ...configuration.configuration_kimi_linear import KimiLinearConfig
 from ...kernels.gpu.availability import fused_path_serves
 from ...kernels.prompt.expert_rows import route_fwd, silu_mul_fwd
 from ...kernels.prompt.grouped_experts import grouped_experts, grouped_experts_serve
+from ..checkpoint.expert_rows import expect_filled, read_released_experts
+from .fp32_parameters import keeping_fp32
 
 
 class KimiMLP(nn.Module):
@@ -40,9 +45,32 @@ class KimiExperts(nn.Module):
         self.num_experts = config.num_experts
         self.hidden_dim = config.hidden_size
         self.intermediate_dim = config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.gate_up_proj = self._unfilled(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim)
+        self.down_proj = self._unfilled(self.num_experts, self.hidden_dim, self.intermediate_dim)
         self.act_fn = nn.SiLU()
+        self._may_be_unfilled = True
+        self._rows_arrived: dict[str, Any] = {}  # of a load_state_dict in the released layout that is not complete
+        self.register_load_state_dict_pre_hook(read_released_experts)
+
+    @staticmethod
+    def _unfilled(*shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.full(shape, torch.nan))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "KimiExperts":
+        was_meta = self.gate_up_proj.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self.gate_up_proj.is_meta:  # `to_empty`: what its memory held may look like weights
+            with torch.no_grad():
+                self.gate_up_proj.fill_(torch.nan)
+                self.down_proj.fill_(torch.nan)
+            self._may_be_unfilled = True
+        return self
+
+    def check_filled(self) -> None:
+        """Raise ValueError at the first forward if nothing has filled the parameters."""
+        if self._may_be_unfilled and not torch.compiler.is_compiling():
+            expect_filled(self)
+            self._may_be_unfilled = False
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -72,7 +100,7 @@ class KimiTopkRouter(nn.Module):
     """Sigmoid router in fp32 with a correction bias that steers the choice of experts, not their weights.
 
     The bias (auxiliary-loss-free balancing, arXiv 2408.15664) is a buffer: no gradient reaches it. In training mode
-    the router counts the tokens that each expert gets, until `update_correction_bias` uses and clears the counts.
+    with gradients the router counts the tokens of each expert; `update_correction_bias` uses and clears the counts.
     """
 
     def __init__(self, config: KimiLinearConfig) -> None:
@@ -85,8 +113,12 @@ class KimiTopkRouter(nn.Module):
         self.scaling_factor = config.routed_scaling_factor
         self.biased_weights = config.router_weight_uses_score_correction_bias
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
-        self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts))
+        self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts, dtype=torch.float32))
         self.tokens_per_expert: torch.Tensor | None = None
+        self.in_checkpoint = False  # set by the layer: its first pass may be without gradients
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "KimiTopkRouter":
+        return super()._apply(keeping_fp32(fn, self.e_score_correction_bias), recurse)
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Choose experts (docs/checkpoint.md, "Experts").
@@ -114,7 +146,7 @@ class KimiTopkRouter(nn.Module):
         weights = (biased if self.biased_weights else scores).gather(1, experts)
         if self.renormalize:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        if self.training:
+        if self.training and self._is_training_pass():
             self._count(experts)
         return logits, weights * self.scaling_factor, experts
 
@@ -142,6 +174,12 @@ class KimiTopkRouter(nn.Module):
         chosen = torch.zeros(grouped.shape[:-1], dtype=torch.bool, device=biased.device).scatter_(1, best_groups, True)
         return grouped.masked_fill(~chosen[..., None], float("-inf")).flatten(1)
 
+    def _is_training_pass(self) -> bool:
+        """Whether this pass is one to count: neither generation in training mode nor a checkpoint's recomputation."""
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return False  # inside backward()
+        return torch.is_grad_enabled() or self.in_checkpoint
+
     @torch.no_grad()
     def _count(self, experts: torch.Tensor) -> None:
         ones = torch.ones_like(experts.flatten())
@@ -153,7 +191,6 @@ class KimiTopkRouter(nn.Module):
         """Raise the bias of experts that got fewer tokens than the mean and lower that of the others, by `rate`.
 
         Call it after each optimiser step; with torch.distributed initialised the counts of all ranks are added first.
-        The bias turns fp32 at the first update, because steps of 1e-3 vanish in bf16.
 
         Returns:
             The counts used, [E] int64, or None if no token was routed since the last call.
@@ -184,6 +221,8 @@ class KimiSparseMoeBlock(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, T, hidden_size] -> the same shape."""
+        if type(self.experts) is KimiExperts:
+            self.experts.check_filled()
         tokens = hidden_states.flatten(0, -2)
         _, weights, experts = self.gate(tokens)
         if self._takes_grouped(tokens):

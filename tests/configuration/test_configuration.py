@@ -379,3 +379,55 @@ def test_two_default_configs_share_nothing():
 def test_from_dict_accepts_what_to_dict_gives():
     config = KimiLinearConfig(**RELEASED_CONFIG)
     assert KimiLinearConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+
+# config.json of transformers' native class
+
+
+NATIVE = {
+    "defaults": {},
+    "other sizes": {
+        "num_hidden_layers": 6,
+        "linear_head_dim": 16,
+        "linear_num_heads": 4,
+        "linear_conv_kernel_dim": 3,
+        "mlp_layer_types": ["dense", "dense"] + ["sparse"] * 4,
+        "num_local_experts": 8,
+        "n_group": 2,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 2,
+        "norm_topk_prob": False,
+        "max_position_embeddings": 77,
+    },
+    "layer lists": {"num_hidden_layers": 4, "layer_types": ["full_attention", "linear_attention"] * 2},
+    "dense": {"num_hidden_layers": 4, "mlp_layer_types": ["dense"] * 4},
+    "sparse": {"num_hidden_layers": 4, "mlp_layer_types": ["sparse"] * 4},
+    "released": {name: value for name, value in RELEASED_CONFIG.items() if name not in ("auto_map", "architectures")},
+}
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_what_the_native_class_writes_is_read(native_class, tmp_path, name):
+    written = native_class.config_class(**NATIVE[name])
+    written.save_pretrained(tmp_path)
+    ours = KimiLinearConfig.from_pretrained(tmp_path)
+    for field, value in json.loads((tmp_path / "config.json").read_text()).items():
+        if field not in ("head_dim", "transformers_version", "model_type", "dtype"):
+            assert getattr(ours, field) == value, field
+    again = KimiLinearConfig.from_dict(ours.to_dict())
+    assert again.layer_types == written.layer_types and again.mlp_layer_types == written.mlp_layer_types
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        ({"qk_head_dim": 100}, "qk_head_dim=100 contradicts.*192"),
+        ({"linear_head_dim": 64, "linear_attn_config": {"head_dim": 32}}, "linear_head_dim=64 contradicts.*=32"),
+        ({"num_hidden_layers": 3, "mlp_layer_types": ["sparse", "dense", "sparse"]}, "mlp_layer_types=.*contradicts"),
+    ],
+)
+def test_options_of_the_native_class_that_this_model_lacks_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        KimiLinearConfig(**fields)

@@ -74,13 +74,42 @@ def test_tools_are_declared_first_with_sorted_keys(tokenizer):
     )
 
 
+def test_calls_and_results_are_those_of_the_kimi_k2_family(tokenizer):
+    def call(arguments, **fields):
+        return {"type": "function", "function": {"name": "clock", "arguments": arguments}, **fields}
+
+    messages = [
+        {"role": "user", "content": "What time is it?"},
+        {"role": "assistant", "content": None, "tool_calls": [call('{"zone": "é"}', id="functions.clock:0")]},
+        {"role": "tool", "tool_call_id": "functions.clock:0", "name": "clock", "content": "noon"},
+        {"role": "assistant", "content": "Once more.", "tool_calls": [call({"a": 1, "é": []}), call(None)]},
+        {"role": "tool", "tool_call_id": "functions.clock:1", "content": [{"type": "text", "text": "later"}]},
+    ]
+    assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == (
+        "<|im_user|>user<|im_middle|>What time is it?<|im_end|>"
+        "<|im_assistant|>assistant<|im_middle|><|tool_calls_section_begin|><|tool_call_begin|>functions.clock:0"
+        '<|tool_call_argument_begin|>{"zone": "é"}<|tool_call_end|><|tool_calls_section_end|><|im_end|>'
+        "<|im_system|>clock<|im_middle|>## Return of functions.clock:0\nnoon<|im_end|>"
+        "<|im_assistant|>assistant<|im_middle|>Once more.<|tool_calls_section_begin|>"
+        '<|tool_call_begin|>functions.clock:1<|tool_call_argument_begin|>{"a":1,"é":[]}<|tool_call_end|>'
+        "<|tool_call_begin|>functions.clock:2<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>"
+        "<|im_end|><|im_system|>tool<|im_middle|>## Return of functions.clock:1\nlater<|im_end|>"
+        "<|im_assistant|>assistant<|im_middle|>"
+    )
+    out = tokenizer.apply_chat_template(messages[:2], return_dict=True, return_assistant_tokens_mask=True)
+    learned = [i for i, mask in zip(out["input_ids"], out["assistant_masks"]) if mask]
+    assert tokenizer.decode(learned).startswith("<|tool_calls_section_begin|>")
+
+
 @pytest.mark.parametrize(
     ("message", "match"),
     [
         ({"role": "user", "content": [{"type": "image", "url": "x"}]}, "text only"),
         ({"role": "user", "content": 12}, "must be a string"),
         ({"role": "user", "content": {"type": "text", "text": "x"}}, "must be a string"),
-        ({"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}, "tool_calls"),
+        ({"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}, "Each of tool_calls must be"),
+        ({"role": "assistant", "content": "", "tool_calls": ["f"]}, "Each of tool_calls must be"),
+        ({"role": "user", "content": "", "tool_calls": [{"function": {"name": "f"}}]}, "only an assistant message"),
     ],
 )
 def test_what_cannot_be_rendered_is_refused(tokenizer, message, match):

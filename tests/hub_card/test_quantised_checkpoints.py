@@ -22,7 +22,7 @@ def test_every_layout_can_be_served(tmp_path, layout):
     write_quantised(tmp_path / "file", layout, quantised_tensors(layout)[0])
     report = check_serving(tmp_path / "file")
     assert report.problems == []
-    assert any("weights are quantised" in note for note in report.notes)
+    assert any("names were checked" in note for note in report.notes)
 
 
 def test_what_quantised_folders_lack_is_named(folder):
@@ -47,12 +47,18 @@ def test_layers_that_the_config_wrongly_calls_quantised_are_noted(folder):
     assert any("1 layers" in note and "f_b_proj" in note for note in report.notes)
 
 
-def test_methods_that_are_not_read_here_are_not_judged(folder):
+def test_gptq_is_known_by_its_names_and_not_exported(folder):
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {
+        name.replace("weight_packed", "qweight").replace("weight_scale", "scales"): x for name, x in tensors.items()
+    }
+    kept = {name: x for name, x in renamed.items() if not name.endswith("weight_shape")}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
     (folder / "config.json").write_text(json.dumps(config))
     report = check_serving(folder)
-    assert report.problems == [] and any("gptq: its tensors were not looked at" in note for note in report.notes)
+    assert report.problems == [] and any("quantised (gptq): whether" in note for note in report.notes)
     with pytest.raises(ValueError, match="quantisation method is GPTQ"):
         export(ExportRequest(folder.parent / "out", checkpoint=folder))
     assert not (folder.parent / "out").exists()

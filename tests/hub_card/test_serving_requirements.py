@@ -6,10 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import RELEASED_CONFIG, TINY_CONFIGS, released_tensors, tiny_config, write_checkpoint
+from transformers import AutoTokenizer
 
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.hub_card.cli import main
-from kimi_linear.hub_card.exporter import SMALL_CHECKPOINT
+from kimi_linear.hub_card.exporter import SMALL_CHECKPOINT, ExportRequest, export
 from kimi_linear.hub_card.released_tensors import released_shapes
 from kimi_linear.hub_card.serving_requirements import ENGINES, check_serving
 
@@ -99,6 +100,78 @@ def test_notes_about_the_tokenizer(tmp_path):
     notes = check_serving(folder).notes
     assert "there is no chat template: only completions, no chat" in notes
     assert any("no more than 100 tokens" in note and "4096" in note for note in notes)
+
+
+def quantise(folder, packed: bool) -> None:
+    """FP8 as compressed-tensors writes it, or its packed form, by names: each projection with a scale."""
+    file = folder / "model-00001-of-00001.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if ".experts." in name or name.endswith("o_proj.weight")]:
+        weight = tensors.pop(name)
+        tensors[name + ("_packed" if packed else "")] = (
+            torch.zeros(weight.shape[0], 2).int() if packed else weight.half()
+        )
+        tensors[f"{name}_scale"] = torch.ones(weight.shape[0], 1)
+        if packed:
+            tensors[f"{name}_shape"] = torch.tensor(weight.shape)
+    save_file(tensors, file)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, file.name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_compressed_tensors_folders_can_be_served(tmp_path, packed):
+    folder = folder_with(tmp_path, {"quantization_config": {"quant_method": "compressed-tensors"}})
+    quantise(folder, packed)
+    report = check_serving(folder)
+    assert report.problems == []
+    assert any(note.startswith("quantised (compressed-tensors): names were checked") for note in report.notes)
+    # The same tensors without the config that explains them, and a packed tensor without its scale.
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "quantization_config": {"quant_method": "gptq"}}))
+    assert any("would not know" in problem for problem in check_serving(folder).problems)
+    if packed:
+        (folder / "config.json").write_text(json.dumps(fields))
+        tensors = load_file(folder / "model-00001-of-00001.safetensors")
+        name = "model.layers.1.block_sparse_moe.experts.0.w1.weight"
+        del tensors[f"{name}_scale"]
+        save_file(tensors, folder / "model-00001-of-00001.safetensors")
+        index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (problem,) = check_serving(folder).problems
+        assert f"lacks 1 tensors, the first is {name}" in problem
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"num_expert_group": 2}, "several expert groups"),
+        ({"moe_renormalize": False}, "without renormalisation"),
+        ({"tie_word_embeddings": True}, "tied embeddings"),
+        ({"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}, "other numbers of heads"),
+    ],
+)
+def test_what_llama_cpp_and_exllamav3_ignore_is_noted(tmp_path, changes, words):
+    notes = check_serving(folder_with(tmp_path, changes)).notes
+    assert [note for note in notes if "llama.cpp and exllamav3 ignore" in note and words in note]
+    assert not [note for note in check_serving(SMALL_CHECKPOINT).notes if "llama.cpp" in note]
+
+
+def test_a_tokenizer_saved_by_transformers_5_is_noted_and_mended(tmp_path):
+    import shutil
+
+    folder = shutil.copytree(SMALL_CHECKPOINT, tmp_path / "five")
+    tokenizer = AutoTokenizer.from_pretrained(SMALL_CHECKPOINT)
+    tokenizer.save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "TokenizersBackend" and isinstance(settings["extra_special_tokens"], list)
+    assert any("saved by transformers 5" in note for note in check_serving(folder).notes)
+    export(ExportRequest(out=tmp_path / "out", checkpoint=folder))
+    assert not any("saved by transformers 5" in note for note in check_serving(tmp_path / "out").notes)
+    mended = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert mended == json.loads((SMALL_CHECKPOINT / "tokenizer_config.json").read_text())
+    again = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert again.get_vocab() == tokenizer.get_vocab() and again.all_special_tokens == tokenizer.all_special_tokens
 
 
 def test_command(exported, tmp_path, capsys):

@@ -142,6 +142,29 @@ def test_wrong_requests_are_refused_and_the_next_is_answered(server, expected):
     assert server.answer()["choices"][0]["message"]["content"] == expected[0]
 
 
+CALL = {"id": "functions.clock:0", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+
+
+def test_the_second_turn_of_a_tool_is_answered(server):
+    asked = [
+        {"role": "user", "content": "What time is it?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": CALL["id"], "content": "noon"},
+    ]
+    tool = {"type": "function", "function": {"name": "clock", "description": "time", "parameters": {"type": "object"}}}
+    assert server.answer(messages=asked, tools=[tool])["choices"][0]["message"]["content"]
+
+
+def test_what_the_template_refuses_is_a_400_that_says_why(server):
+    for messages in (
+        [{**QUESTION[0], "tool_calls": [CALL]}],
+        [{"role": "assistant", "content": "", "tool_calls": [{}]}],
+    ):
+        response = server.chat(messages=messages)
+        assert response.status == 400
+        assert "the messages cannot be made a prompt: " in json.loads(response.read())["error"]["message"]
+
+
 def test_two_clients_at_once_get_the_same_answer(server, expected):
     first, second = server.chat(stream=True), server.chat(stream=True)
     for response in (second, first):

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_checkpoints import tiny_config
-from transformers import DynamicCache, StaticCache
+from transformers import BatchEncoding, DynamicCache, StaticCache
 
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.modeling.cache.kimi_linear_cache import KimiLinearCache
@@ -320,3 +320,27 @@ def test_a_refused_call_leaves_the_cache_as_it_was(model, random_ids):
         assert [getattr(layer, "state", None) is state for layer, state in zip(cache.layers, held)] == [True] * 4
         logits = model(ids[:, 5:], past_key_values=cache).logits
         torch.testing.assert_close(logits, model(ids).logits[:, 5:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("positions", [None, [[0, 1, 2, 0, 1, 2]]])
+@pytest.mark.parametrize("mask", [[[1, 1, 1, 2, 2, 2]], [[0, 1, 1, 1, 1, -1]], [[1.0, 1.0, 0.5, 1.0, 1.0, 1.0]]])
+def test_a_mask_of_other_numbers_than_0_and_1_is_refused(model, random_ids, mask, positions):
+    positions = None if positions is None else torch.tensor(positions)
+    with pytest.raises(ValueError, match=r"attention_mask holds (2|-1|0\.5), but must be 1 .* cu_seq_lens_q"):
+        model(random_ids(1, 6), attention_mask=torch.tensor(mask), position_ids=positions)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32])
+def test_a_mask_of_any_dtype_is_read(model, random_ids, dtype):
+    ids, mask = random_ids(1, 6), torch.tensor([[0, 0, 1, 1, 1, 1]])
+    expected = model(ids[:, 2:]).logits
+    torch.testing.assert_close(model(ids, attention_mask=mask.to(dtype)).logits[:, 2:], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_apply_chat_template_returns_is_no_input_of_generate(model, random_ids):
+    encoding = BatchEncoding({"input_ids": random_ids(1, 4), "attention_mask": torch.ones(1, 4)})
+    for call in (lambda: model.generate(inputs=encoding), lambda: model.generate(encoding)):
+        with pytest.raises(ValueError, match=r"got a BatchEncoding; give its tensors, by name: generate\(\*\*inputs\)"):
+            call()
+    with pytest.raises(ValueError, match="got a list; give a tensor"):
+        model.generate([[1, 2]])

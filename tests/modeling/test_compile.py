@@ -96,6 +96,37 @@ def test_training_step(eager, compiled, random_ids):
 
 
 @torch.no_grad()
+def test_lengths_are_dynamic(eager, random_ids):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = torch.compile(eager, fullgraph=True, backend=count)
+    for length in (5, 9, 12, 17, 33, 47, 64, 65, 90, 130):
+        ids = random_ids(2, length)
+        torch.testing.assert_close(model(ids, use_cache=False).logits, eager(ids, use_cache=False).logits, **BOUND)
+    assert len(graphs) <= 3  # the first length, any length up to 16, any length above
+
+
+@torch.no_grad()
+def test_a_program_that_was_exported_runs_other_lengths(eager, random_ids):
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = eager
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.model(ids, use_cache=False).logits
+
+    dynamic = ({1: torch.export.Dim.AUTO},)
+    program = torch.export.export(Logits(), (random_ids(2, 20),), dynamic_shapes=dynamic, strict=False).module()
+    for length in (17, 64, 75, 200):
+        torch.testing.assert_close(program(random_ids(2, length)), eager(random_ids(2, length)).logits, **BOUND)
+
+
+@torch.no_grad()
 def test_export_of_a_prompt(eager, random_ids):
     class Logits(torch.nn.Module):
         def __init__(self) -> None:

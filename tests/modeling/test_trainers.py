@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 datasets = pytest.importorskip("datasets")
@@ -31,6 +32,17 @@ def test_trainer_takes_a_step_and_evaluates(load_tiny, rows, tmp_path):
     # The evaluation gathers all outputs but the ones that the config names, which caches are among.
     assert math.isfinite(trainer.evaluate()["eval_loss"])
     assert trainer.predict(rows).predictions.shape == (2, 12, model.config.vocab_size)
+
+
+def test_label_smoothing_compares_with_the_next_token(load_tiny, rows, tmp_path):
+    model, epsilon = load_tiny("hybrid"), 0.1
+    options = TrainingArguments(**settings(tmp_path), label_smoothing_factor=epsilon)
+    got = Trainer(model, options, eval_dataset=rows).evaluate()["eval_loss"]
+    ids = torch.tensor(rows["input_ids"])
+    with torch.no_grad():
+        logits = model(ids).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), label_smoothing=epsilon)
+    assert got == pytest.approx(expected.item(), abs=1e-4)
 
 
 def test_supervised_fine_tuning_of_trl_takes_a_step(load_tiny, rows, tmp_path):

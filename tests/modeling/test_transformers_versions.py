@@ -185,6 +185,7 @@ SEAMS = [
     (GENERATION, "generate", "inputs"),
     (GENERATION, "prepare_inputs_for_generation", f"input_ids next_sequence_length {CACHE_NAME} attention_mask"),
     (GENERATION, "prepare_inputs_for_generation", "inputs_embeds is_first_iteration"),
+    (GENERATION, "_prepare_model_inputs", "inputs"),
     (GENERATION, "_get_candidate_generator", "generation_config"),
     (GENERATION, "_assisted_decoding", "input_ids"),
     (GENERATION, "_prepare_cache_for_generation", "generation_config model_kwargs generation_mode"),
@@ -192,6 +193,8 @@ SEAMS = [
     (GENERATION, "_prefill", "input_ids generation_config model_kwargs"),
     (GENERATION, "init_continuous_batching", ""),
     (transformers.PreTrainedModel, "_load_pretrained_model", "model state_dict checkpoint_files load_config"),
+    (transformers.PreTrainedModel, "save_pretrained", "save_directory is_main_process state_dict"),
+    (transformers.PreTrainedModel, "is_remote_code", ""),
     (transformers.PreTrainedModel, "_init_weights", "module"),
     (transformers.PreTrainedModel, "_can_set_experts_implementation", ""),
     (modeling_layers.GenericForSequenceClassification, "forward", f"input_ids {CACHE_NAME} labels"),
@@ -211,6 +214,10 @@ SEAMS = [
     (masking_utils, "create_causal_mask", "position_ids"),
     (conversion_mapping, "get_checkpoint_conversion_mapping", "model_type"),
     (core_model_loading, "WeightConverter", "source_patterns target_patterns operations"),
+    (core_model_loading, "WeightRenaming", "source_patterns target_patterns"),
+    (core_model_loading.WeightRenaming, "rename_source_key", "source_key"),
+    (core_model_loading.ConversionOps, "convert", "input_dict source_patterns target_patterns"),
+    (transformers.PreTrainedModel, "_get_dtype_plan", "dtype"),
 ]
 # Private attributes of classes that are set by ours: one that transformers no longer knows would do nothing.
 ATTRIBUTES = [

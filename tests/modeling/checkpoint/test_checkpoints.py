@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,15 @@ from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
+from kimi_linear.hub_card.code_flattening import flatten_sources
+from kimi_linear.modeling.checkpoint.saving import to_released
 from kimi_linear.modeling.modeling_kimi_linear import (
     KimiLinearForCausalLM,
     KimiLinearForSequenceClassification,
     KimiLinearModel,
 )
 
-FP32_BY_NATURE = ("A_log", "dt_bias")
+FP32_BY_NATURE = ("A_log", "dt_bias", "e_score_correction_bias")
 
 
 @contextlib.contextmanager
@@ -137,7 +140,7 @@ def test_saving_writes_what_was_loaded(tiny_folder, tmp_path, name, dtype, max_s
     folder = tiny_folder(name, dtype)
     KimiLinearForCausalLM.from_pretrained(folder, dtype="auto").save_pretrained(tmp_path, max_shard_size=max_shard_size)
     expected = read_folder(folder)
-    assert {expected[n].dtype for n in expected if n.endswith(FP32_BY_NATURE)} <= {torch.float32}
+    assert {expected[n].dtype for n in expected if n.endswith(("A_log", "dt_bias"))} <= {torch.float32}
     assert_same_tensors(read_folder(tmp_path), expected)
     files = sorted(tmp_path.glob("*.safetensors"))
     if max_shard_size == "100KB":
@@ -155,7 +158,19 @@ def test_saved_config_equals_the_loaded_one(tiny_folder, tmp_path):
     for written in (released, saved):
         written.pop("transformers_version")
         written.pop("rope_scaling", None)
+    assert saved.pop("auto_map")["AutoConfig"] == "configuration_kimi_linear.KimiLinearConfig"
     assert saved == released
+
+
+def test_the_installed_class_saves_the_code_that_reads_the_folder(tiny_folder, tmp_path):
+    model = KimiLinearForCausalLM.from_pretrained(tiny_folder("hybrid"))
+    model.save_pretrained(tmp_path / "main")
+    model.save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not list((tmp_path / "other").glob("*.py"))
+    assert {path.name: path.read_text() for path in (tmp_path / "main").glob("*.py")} == flatten_sources()
+    for reference in json.loads((tmp_path / "main" / "config.json").read_text())["auto_map"].values():
+        module, name = reference.split(".")
+        assert f"class {name}(" in (tmp_path / "main" / f"{module}.py").read_text()
 
 
 @pytest.mark.parametrize("name", list(TINY_CONFIGS))
@@ -249,7 +264,9 @@ def test_the_full_size_model_saves_exactly_the_released_tensors(full_size):
 
 
 def test_the_full_size_model_saves_the_released_bytes(full_size):
-    written = revert_weight_conversion(full_size, full_size.state_dict())
+    state = full_size.state_dict()
+    to_released(state, torch.bfloat16)
+    written = revert_weight_conversion(full_size, state)
     assert sum(tensor.nbytes for tensor in written.values()) == 98_245_528_576
 
 
@@ -365,6 +382,16 @@ def damaged(tmp_path):
             save_file(tensors, shard, metadata={"format": "pt"})
             path.write_text(json.dumps(index))
 
+        def rename(self, new: Callable[[str], str | None]) -> None:
+            """Give every tensor a new name, or drop it where that is None."""
+            path = tmp_path / "model.safetensors.index.json"
+            index = {"metadata": {}, "weight_map": {}}
+            for shard in sorted(tmp_path.glob("*.safetensors")):
+                tensors = {new(name): tensor for name, tensor in load_file(shard).items() if new(name)}
+                index["weight_map"] |= dict.fromkeys(tensors, shard.name)
+                save_file(tensors, shard, metadata={"format": "pt"})
+            path.write_text(json.dumps(index))
+
     write_checkpoint(tmp_path, TINY_CONFIGS["hybrid"])
     return Damaged()
 
@@ -431,6 +458,118 @@ def test_a_tensor_of_another_shape_is_refused_and_named(damaged, caplog, name, s
     with propagated_logs(), pytest.raises(RuntimeError, match=message):
         KimiLinearForCausalLM.from_pretrained(damaged.folder)
     assert name.split(".experts.")[0] in caplog.text
+
+
+EXPERTS = "model.layers.1.block_sparse_moe.experts"
+
+
+@pytest.mark.parametrize("suffix", ["qweight", "weight_packed", "weight_scale_inv"])
+def test_experts_under_names_that_nobody_reads_end_the_loading(damaged, suffix):
+    damaged.rename(lambda name: name.replace(".weight", f".{suffix}") if EXPERTS in name else name)
+    with pytest.raises(ValueError, match=rf"no tensor fills: {EXPERTS}.*nobody reads: {EXPERTS}\.0\.w1\.{suffix}"):
+        KimiLinearForCausalLM.from_pretrained(damaged.folder)
+
+
+def test_experts_that_no_tensor_fills_end_the_loading(damaged):
+    damaged.rename(lambda name: None if EXPERTS in name else name)
+    with pytest.raises(ValueError, match=rf"no tensor fills: {EXPERTS}\.down_proj, {EXPERTS}\.gate_up_proj\. They"):
+        KimiLinearForCausalLM.from_pretrained(damaged.folder)
+
+
+def test_a_tensor_of_experts_that_nobody_reads_ends_the_loading(damaged):
+    tensors = load_file(damaged.second) | {f"{EXPERTS}.0.w1.input_scale": torch.ones(1)}
+    save_file(tensors, damaged.second, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"nobody reads: {EXPERTS}\.0\.w1\.input_scale\."):
+        KimiLinearForCausalLM.from_pretrained(damaged.folder)
+
+
+def test_fewer_layers_leave_out_the_experts_of_the_others(tiny_folder, random_ids):
+    linear = TINY_CONFIGS["hybrid"]["linear_attn_config"] | {"full_attn_layers": []}
+    options = {"num_hidden_layers": 2, "linear_attn_config": linear}
+    model = KimiLinearForCausalLM.from_pretrained(tiny_folder("hybrid"), **options)
+    assert model(random_ids(1, 5)).logits.isfinite().all()
+
+
+def test_the_names_of_llm_compressor_are_read_and_saved_as_released(damaged, tiny_folder, tmp_path):
+    for ours, theirs in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
+        old, new = f".{ours}.weight", f".{theirs}.weight"
+        damaged.rename(lambda name, old=old, new=new: name.replace(old, new))
+    model, info = KimiLinearForCausalLM.from_pretrained(damaged.folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    model.save_pretrained(tmp_path / "saved")
+    assert_same_tensors(read_folder(tmp_path / "saved"), read_folder(tiny_folder("hybrid")))
+
+
+class ExpertsApart(nn.ModuleList):
+    """Experts as llm-compressor takes them apart."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__(nn.Module() for _ in range(experts.num_experts))
+        for i, expert in enumerate(self):
+            gate, up = experts.gate_up_proj[i].detach().chunk(2)
+            for name, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", experts.down_proj[i].detach())):
+                linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+                linear.weight = nn.Parameter(weight.clone())
+                setattr(expert, name, linear)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_experts_that_were_taken_apart_are_saved_as_released(load_tiny, tiny_folder, tmp_path, given):
+    model = load_tiny()
+    for layer in model.model.layers[1:]:
+        layer.block_sparse_moe.experts = ExpertsApart(layer.block_sparse_moe.experts)
+    model.save_pretrained(tmp_path, state_dict=model.state_dict() if given else None)
+    assert_same_tensors(read_folder(tmp_path), read_folder(tiny_folder("hybrid")))
+
+
+def test_stacked_names_never_reach_the_disk(tiny_folder, tmp_path):
+    model = KimiLinearForCausalLM.from_pretrained(tiny_folder("hybrid"))
+    save_file(model.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model.config.save_pretrained(tmp_path)
+    from_stacked = KimiLinearForCausalLM.from_pretrained(tmp_path)
+    del model._weight_conversions  # as transformers 5.24 does where it has dequantised
+    for i, each in enumerate((from_stacked, model)):
+        each.save_pretrained(tmp_path / str(i))
+        assert_same_tensors(read_folder(tmp_path / str(i)), read_folder(tiny_folder("hybrid")))
+
+
+def test_moved_biases_survive_a_bf16_save_and_a_resume(tiny_folder, tmp_path):
+    folder = tiny_folder("hybrid", torch.bfloat16)
+    model = KimiLinearForCausalLM.from_pretrained(folder, dtype="auto")
+    router = model.model.layers[1].block_sparse_moe.gate
+    router.e_score_correction_bias += 1e-3
+    model.save_pretrained(tmp_path)
+    saved = read_folder(tmp_path)
+    moved, unmoved = (saved[f"model.layers.{i}.block_sparse_moe.gate.e_score_correction_bias"] for i in (1, 2))
+    assert moved.dtype == torch.float32 and unmoved.dtype == torch.bfloat16
+    again = KimiLinearForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    resumed = KimiLinearForCausalLM.from_pretrained(folder, dtype="auto")
+    resumed.load_state_dict(saved)
+    for each in (again, resumed):
+        bias = each.model.layers[1].block_sparse_moe.gate.e_score_correction_bias
+        assert torch.equal(bias, router.e_score_correction_bias)
+
+
+@pytest.mark.parametrize(
+    "cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.model.layers.bfloat16()]
+)
+def test_a_cast_of_the_model_leaves_the_gate_parameters_in_fp32(load_tiny, random_ids, cast):
+    model = load_tiny()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.endswith(FP32_BY_NATURE)}
+    model(random_ids(1, 5), labels=random_ids(1, 5)).loss.backward()
+    cast(model)
+    after = model.state_dict()
+    for name, tensor in before.items():
+        assert after[name].dtype == torch.float32 and torch.equal(after[name], tensor), name
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.dtype == parameter.dtype, name
+    assert model.model.layers[0].self_attn.q_proj.weight.dtype != torch.float32
+
+
+def test_a_cast_to_float64_takes_all_parameters_along(load_tiny):
+    model = load_tiny().double()
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float64}
+    assert {tensor.dtype for tensor in model.float().state_dict().values()} == {torch.float32}
 
 
 def test_an_unknown_tensor_is_reported(damaged, caplog):
