@@ -7,8 +7,9 @@ The model has the released shape and random bf16 weights, drawn on the GPU; a ca
 with random values. `step` is one replay of the captured step. `greedy`, `eos` and `sampled` are `generate()` as a user
 calls it, the difference of 264 and 8 new tokens behind a first call: without an end token, with one, and with default
 sampling. `verify` are steps of several tokens, as speculative decoding takes them, and `recording` is `greedy` over a
-cache that can take tokens back. Limits are the bytes that a step must move at the copy bandwidth of an H200, those of
-several tokens with experts chosen independently; peers are transformers 5.23.0 with fla 0.6.0, measured on another
+cache that can take tokens back. Limits are the bytes that a step must move at the GPU's read bandwidth, those of
+several tokens with experts chosen independently; `experts` is how many of them the last layer read in one step, so that
+collapsed random text can't flatter; peers are transformers 5.23.0 with fla 0.6.0, measured on another
 machine of that kind on 2026-11-23, and `--native` measures them again, over fewer tokens.
 """
 
@@ -22,12 +23,12 @@ from typing import Any
 import torch
 
 from benchmarks.full_model import (
-    COPY_BANDWIDTH,
     free_memory,
     native_cache,
     native_model,
     random_cache,
     random_model,
+    read_bandwidth,
     released_config,
     step_bytes,
 )
@@ -50,6 +51,7 @@ WAYS = {
 }
 # New tokens of two runs whose difference is taken; few where one costs 100 ms.
 NEW_TOKENS = (8, 264)
+LARGE_BATCH, LARGE_BATCH_NEW_TOKENS = 64, (4, 36)
 NATIVE_NEW_TOKENS = (4, 20)
 _WARM_UP = 2
 
@@ -102,13 +104,15 @@ def measure(model: Any, case: str, verify: list[int]) -> dict[str, Any]:
     row: dict[str, Any] = {"case": case, "capture_s": time.perf_counter() - start}
     cache = random_cache(model, batch, context)
     row["step_ms"] = replay_ms(step, cache)
-    row["limit_ms"] = step_bytes(model, batch, context) / COPY_BANDWIDTH * 1e3
+    row["experts_read"] = max(int(plan.chosen.unique().numel()) for plan in step.plans)
+    row["limit_ms"] = step_bytes(model, batch, context) / read_bandwidth() * 1e3
     torch.cuda.reset_peak_memory_stats()
-    row |= {f"{name}_ms": generate_ms(model, cache, batch, **options) for name, options in WAYS.items()}
+    count = LARGE_BATCH_NEW_TOKENS if batch >= LARGE_BATCH else NEW_TOKENS
+    row |= {f"{name}_ms": generate_ms(model, cache, batch, count, **options) for name, options in WAYS.items()}
     row["gib_above_weights_and_cache"] = (torch.cuda.max_memory_allocated() - weights - cache.nbytes) / 2**30
     if batch == 1:
         for n in verify:
-            limit = step_bytes(model, 1, context, n) / COPY_BANDWIDTH * 1e3
+            limit = step_bytes(model, 1, context, n) / read_bandwidth() * 1e3
             row[f"verify_{n}"] = {"ms": replay_ms(model._decode.step(model, 1, n), cache), "limit_ms": limit}
         cache.activate_past_recording()
         row["recording_ms"] = generate_ms(model, cache, batch, **WAYS["greedy"])
@@ -136,7 +140,10 @@ def measure_native(model: Any, case: str) -> dict[str, Any]:
 
 def show(rows: list[dict[str, Any]], native: dict[str, dict[str, Any]]) -> None:
     """Print goal, peer, limit and ours."""
-    print("context x batch |  goal |  peer | limit |  step (of limit) | greedy   eos sampled | capture s | GiB | tok/s")
+    print(
+        "context x batch |  goal |  peer | limit |  step (of limit) | greedy   eos sampled | capture s | GiB | tok/s | "
+        "experts"
+    )
     for row in rows:
         goal, peer = REFERENCE.get(row["case"], (None, None))
         if row["case"] in native:
@@ -147,7 +154,7 @@ def show(rows: list[dict[str, Any]], native: dict[str, dict[str, Any]]) -> None:
             f"{row['case']:>15} | {cells[0]:>5} | {cells[1]:>5} | {row['limit_ms']:5.2f} | "
             f"{row['step_ms']:6.2f} ({row['limit_ms'] / row['step_ms']:7.0%}) | "
             f"{row['greedy_ms']:6.2f} {row['eos_ms']:5.2f} {row['sampled_ms']:7.2f} | {row['capture_s']:9.1f} | "
-            f"{row['gib_above_weights_and_cache']:.1f} | {1e3 * batch / row['greedy_ms']:6.0f}",
+            f"{row['gib_above_weights_and_cache']:.1f} | {1e3 * batch / row['greedy_ms']:6.0f} | {row['experts_read']}",
             flush=True,
         )
         if "recording_ms" in row:

@@ -10,8 +10,8 @@ from transformers import DynamicCache
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.modeling.cache.kimi_linear_cache import KDACacheLayer, KimiLinearCache
 
-# Copy bandwidth of an H200, bytes read and written, measured there on 2026-11-23.
-COPY_BANDWIDTH = 4.30e12
+# Bytes a second that reads alone reach, by a part of the GPU's name (benchmarks/decode_notes.md; H100: its copy rate).
+READ_BANDWIDTH = {"H200": 4.6e12, "H100": 3.0e12}
 
 
 def released_config(all_mla: bool = False, layers: int | None = None) -> KimiLinearConfig:
@@ -63,6 +63,12 @@ def native_model(config: KimiLinearConfig, device: str = "cuda") -> torch.nn.Mod
     """transformers' own class of the shape of `config`, as `random_model` draws it; it uses fla where that is found."""
     native = transformers.CONFIG_MAPPING[config.model_type].from_dict(config.to_dict())
     return random_model(transformers.KimiLinearForCausalLM, native, device)
+
+
+def read_bandwidth() -> float:
+    """Bytes a second of the current GPU, for limits; one that was never measured counts as an H200."""
+    name = torch.cuda.get_device_name()
+    return next((rate for part, rate in READ_BANDWIDTH.items() if part in name), READ_BANDWIDTH["H200"])
 
 
 def free_memory() -> int:

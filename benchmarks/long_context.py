@@ -21,7 +21,6 @@ import torch
 
 from benchmarks.decode import NATIVE_NEW_TOKENS, NEW_TOKENS, REFERENCE, WAYS, generate_ms, replay_ms
 from benchmarks.full_model import (
-    COPY_BANDWIDTH,
     cache_bytes,
     free_memory,
     held_bytes,
@@ -29,6 +28,7 @@ from benchmarks.full_model import (
     native_model,
     random_cache,
     random_model,
+    read_bandwidth,
     released_config,
     step_bytes,
 )
@@ -65,7 +65,7 @@ def measure(model: Any, context: int, batch: int) -> Row:
     cache = random_cache(model, batch, context, room=2 * sum(NEW_TOKENS) if batch == 1 else 1)
     row = {
         "cache_gib": held_bytes(cache) / _GIB,
-        "limit_ms": step_bytes(model, batch, context) / COPY_BANDWIDTH * 1e3,
+        "limit_ms": step_bytes(model, batch, context) / read_bandwidth() * 1e3,
         "step_ms": replay_ms(step, cache, repeats=20),
     }
     return {**row, "generate_ms": generate_ms(model, cache, batch, **WAYS["greedy"])} if batch == 1 else row

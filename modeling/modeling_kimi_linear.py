@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
@@ -43,13 +44,15 @@ from .layers.mla_attention import KimiMLAAttention
 from .layers.moe import KimiExperts, KimiMLP, KimiSparseMoeBlock, KimiTopkRouter
 from .layers.norms import KimiRMSNorm
 from .layers.sequence_layout import PaddingLayout, cu_seqlens_of_restarts, position_ids_of_packed
+from .plain_modules import Noticing, reads_weights
 from .prompt.segments import forward_in_segments, takes_segments
 from .transformers_versions import CACHE_NAME, as_argument, name_language_model, one_cache, warn_outside_range
 
 logger = logging.get_logger(__name__)
 
 
-class KimiDecoderLayer(GradientCheckpointingLayer):
+@reads_weights
+class KimiDecoderLayer(Noticing, GradientCheckpointingLayer):
     """Pre-norm block: KDA or MLA, then the dense MLP (`mlp`) or the mixture of experts (`block_sparse_moe`)."""
 
     def __init__(self, config: KimiLinearConfig, layer_idx: int) -> None:
@@ -125,7 +128,7 @@ class KimiDecoderLayer(GradientCheckpointingLayer):
         return residual + hidden_states
 
 
-class KimiLinearPreTrainedModel(ReleasedCheckpointMixin, PreTrainedModel):
+class KimiLinearPreTrainedModel(Noticing, ReleasedCheckpointMixin, PreTrainedModel):
     """Weight initialisation, loading from the released layout, and what transformers asks about the architecture."""
 
     config: KimiLinearConfig
@@ -201,6 +204,7 @@ def _taking_tokens(cache: Cache | None) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+@reads_weights
 class KimiLinearModel(KimiLinearPreTrainedModel):
     """The decoder: embedding, layers, final norm."""
 
@@ -297,7 +301,7 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
 
         with _taking_tokens(past_key_values):
             hidden_states = inputs_embeds
-            for layer in self.layers[: self.config.num_hidden_layers]:
+            for layer in islice(self.layers, self.config.num_hidden_layers):  # a slice would register them anew
                 hidden_states = layer(
                     hidden_states,
                     attention_mask=attention_mask.get("full_attention"),
@@ -348,6 +352,7 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
         return cu_seqlens_of_restarts(position_ids.expand(batch_size, -1)), position_ids
 
 
+@reads_weights
 class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiGenerationMixin):
     """The decoder with its language-model head."""
 

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from ..gpu.sizes import padded
 
+# Most tokens of the products that read each weight once and hold all tokens; more go to the library (products.py).
+SKINNY_TOKENS = 64
 GROUP = 16  # pairs of token and expert that a block holds: the tokens of one expert are few
 
 
@@ -107,6 +109,7 @@ def latent_config(tokens: int, heads: int, width: int, itemsize: int, gpu: str =
 
 __all__ = [
     "GROUP",
+    "SKINNY_TOKENS",
     "GemvConfig",
     "LatentConfig",
     "SkinnyConfig",

@@ -22,8 +22,9 @@ import torch
 from ..gpu.launching import overlap_options
 from ..gpu.sizes import padded
 from .attend import decode_attend, decode_share
-from .configs import LatentConfig
+from .configs import SKINNY_TOKENS, LatentConfig
 from .linear import decode_prefetch_vector
+from .products import library_absorb, library_values
 
 try:
     import triton
@@ -36,10 +37,15 @@ except ImportError:
 def decode_absorb_kernel(
     p, kv_b, norm_weight, q, table, past, eps, stride_p,
     T: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    BD: tl.constexpr, BR: tl.constexpr, BRR: tl.constexpr, BS: tl.constexpr, PDL: tl.constexpr,
+    BD: tl.constexpr, BR: tl.constexpr, BRR: tl.constexpr, BS: tl.constexpr, ROW_ONLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Programs (token, head or H, tile of R): queries to latent space; head H stands for the cache's new row."""
+    """
+    Programs (token, head or H, tile of R): queries to latent space; head H stands for the cache's new row, which is all
+    there is to do with ROW_ONLY, programs (token).
+    """
     i_n, i_h, i_r = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    if ROW_ONLY:
+        i_h += H
     o_r, o_s, o_d = i_r * BR + tl.arange(0, BR), tl.arange(0, BS), tl.arange(0, BD)
     p_w = kv_b + (i_h * (D + V) + o_d[:, None]) * R + o_r[None, :]
     m_w = (o_d < D)[:, None] & (o_r < R)[None, :] & (i_h + o_d[:, None] * 0 < H)
@@ -152,11 +158,14 @@ def decode_latent_attention(
     (N, H, V), R, splits = o.shape, partial.shape[3], partial.shape[1]
     D = kv_b.shape[0] // H - V
     BR, BS = padded(R), padded(shared)
-    decode_absorb_kernel[(N, H + 1, triton.cdiv(R, 128))](
+    many = N > SKINNY_TOKENS
+    decode_absorb_kernel[(N,) if many else (N, H + 1, triton.cdiv(R, 128))](
         p, kv_b, norm_weight, q, table, past, norm_eps, p.stride(0),
-        T=tokens, H=H, D=D, V=V, R=R, S=shared, BD=padded(D), BR=min(128, BR), BRR=BR, BS=BS, PDL=pdl,
+        T=tokens, H=H, D=D, V=V, R=R, S=shared, BD=padded(D), BR=min(128, BR), BRR=BR, BS=BS, ROW_ONLY=many, PDL=pdl,
         num_warps=4, **overlap_options(pdl),
     )  # fmt: skip
+    if many:
+        library_absorb(p, kv_b, q, D)
     decode_attend(
         q, table, past, partial, partial_lse, tokens=tokens, scale=scale, config=config, upcast=upcast, pdl=pdl
     )
@@ -165,6 +174,10 @@ def decode_latent_attention(
         T=tokens, H=H, R=R, SPLITS=splits, BP=padded(splits), BR=32, BL=config.BL, PDL=pdl,
         num_warps=4, **overlap_options(pdl),
     )  # fmt: skip
+    if many:
+        latent = q[:, :, :R].copy_(partial[:, 0])  # the queries are done with; rounded, as the layers round it
+        library_values(latent, kv_b, o)
+        return
     BV = min(32, padded(V))
     decode_value_kernel[(N, H, triton.cdiv(V, BV))](
         partial, kv_b, o,

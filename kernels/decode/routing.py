@@ -1,7 +1,7 @@
 """
 Decode step: which experts the tokens go to (docs/checkpoint.md, "Experts"; arXiv 2408.15664).
 
-    s = sigmoid(logits), c = s + bias       the TOPK experts of largest c, ties to the lower index
+    s = sigmoid(logits), c = s + bias       the TOPK experts of largest c, NaN first, ties to the lower index
     w = s or c of the chosen, divided by their sum + 1e-20 (if renormalised), times the scaling factor
 
 Several tokens are grouped by expert, so that each expert's weights are read once: the pairs (token, choice), numbered
@@ -35,6 +35,7 @@ def decode_topk(p_logits, bias, E: tl.constexpr, BE: tl.constexpr, TOPK: tl.cons
     # are one instruction a warp. A choice is the largest score, then the lowest expert that has it.
     b_bits = b_c.to(tl.int32, bitcast=True)
     b_bits = b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)
+    b_bits = tl.where(b_c == b_c, b_bits, 0x7FFFFFFF)  # NaN above all numbers, as torch.topk has it
     b_bits = tl.where(o_e < E, b_bits, -(1 << 31))
     b_chosen = tl.zeros([BT], tl.int32)
     for j in tl.static_range(TOPK):

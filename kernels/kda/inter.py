@@ -43,15 +43,23 @@ def kda_inter_fwd_kernel(
 ):  # fmt: skip
     """
     See the module docstring; o is contiguous [B, T, H, V], states contiguous [N, H, K, V]; without `has_state`
-    `state_in` isn't read.
+    `state_in` isn't read. The chunks are NT of each row from token `t_begin` on. If PACKED they are NT of all sequences
+    together, from chunk `t_begin` on: a sequence that began before goes on from `state_out`.
     """
-    i_v, i_nh = tl.program_id(0), tl.program_id(1)
+    # One dimension: the others of a grid end at 65,535.
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i_v, i_nh = tl.program_id(0) % NV, tl.program_id(0) // NV
     i_n, i_h = i_nh // H, i_nh % H
+    goes_on = i_n * 0
     if PACKED:
         bos, eos = tl.load(cu_seqlens + i_n).to(tl.int64), tl.load(cu_seqlens + i_n + 1).to(tl.int64)
-        i_tile = tl.load(chunk_offsets + i_n).to(tl.int64) * H + i_h
+        i_first = tl.load(chunk_offsets + i_n) - t_begin
+        begin = tl.maximum(-i_first, 0)  # chunks of this sequence that are done
+        goes_on = (begin > 0).to(tl.int32)
+        NT = tl.minimum(NT - i_first, ((eos - bos + C - 1) // C).to(tl.int32)) - begin
+        bos += begin.to(tl.int64) * C
         n_t = (eos - bos).to(tl.int32)
-        NT = (n_t + C - 1) // C
+        i_tile = (first + tl.maximum(i_first, 0)).to(tl.int64) * H + i_h
         v += bos * stride_vt
         o += bos * (H * V)
     else:
@@ -59,7 +67,7 @@ def kda_inter_fwd_kernel(
         n_t = T - t_begin
         v += tl.multiple_of(i_n * stride_vb, ALIGN) + t_begin.to(tl.int64) * stride_vt
         o += (i_n.to(tl.int64) * T + t_begin) * (H * V)
-    v += i_h * stride_vh
+    v += i_h.to(tl.int64) * stride_vh
     o += i_h * V
     xq += i_tile * (C * BK)
     xk += i_tile * (C * BK)
@@ -77,7 +85,9 @@ def kda_inter_fwd_kernel(
     o_cc = o_c[:, None] * C + o_c[None, :]
     o_vk = o_k[None, :] * V + o_v[:, None]
     i_state = i_nh.to(tl.int64) * (K * V)
-    b_s = tl.load(state_in + i_state + o_vk, mask=tl.where(m_vk, has_state, 0) > 0, other=0.0)
+    b_s = tl.load(state_in + i_state + o_vk, mask=tl.where(m_vk, has_state * (1 - goes_on), 0) > 0, other=0.0)
+    if PACKED:
+        b_s += tl.load(state_out + i_state + o_vk, mask=tl.where(m_vk, goes_on, 0) > 0, other=0.0)
 
     for i_c in tl.range(0, NT, num_stages=STAGES):
         m_tv = (i_c * C + o_c < n_t)[:, None] & m_v[None, :]
@@ -126,7 +136,7 @@ def kda_inter_fwd(
 ) -> None:
     """
     Write `o` for the chunks from entry `first` of `tiles` on (see kda_intra_fwd) and the states behind them; `state_in`
-    may be `state_out`.
+    may be `state_out` without `index`. With it, segments come in order, each with the same `state_in`.
 
     v [B, T, H, V] by strides, o [B, T, H, V] contiguous, states [N, H, K, V] contiguous fp32. compile_only: launch
     nothing (see `launch`).
@@ -134,7 +144,7 @@ def kda_inter_fwd(
     (xq, xk, xg, decay, A, M), (N, H, K, V) = tiles[:6], state_out.shape
     cu_seqlens, chunk_offsets, _ = index or (None, None, None)
     launch(
-        kda_inter_fwd_kernel, (triton.cdiv(V, config.BV), N * H), compile_only,
+        kda_inter_fwd_kernel, (triton.cdiv(V, config.BV) * N * H,), compile_only,
         xq, xk, xg, decay, A, M, v, o,
         state_out if state_in is None else state_in, state_out,
         cu_seqlens, chunk_offsets,

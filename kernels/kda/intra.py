@@ -89,14 +89,16 @@ def kda_intra_fwd_kernel(
     are multiples of.
     """
     i_c, i_h = tl.program_id(0), tl.program_id(1)
-    i_b, t0, n_t = kda_chunk_place(cu_seqlens, chunk_offsets, chunk_seq, i_c, T, NT, t_begin, C, PACKED)
+    i_place = i_c + t_begin if PACKED else i_c
+    i_b, t0, n_t = kda_chunk_place(cu_seqlens, chunk_offsets, chunk_seq, i_place, T, NT, t_begin, C, PACKED)
     if n_t <= 0:
         return
     i_tile = (first + i_c).to(tl.int64) * H + i_h
-    q += tl.multiple_of(i_b * stride_qb, ALIGN) + t0 * stride_qt + i_h * stride_qh
-    k += tl.multiple_of(i_b * stride_kb, ALIGN) + t0 * stride_kt + i_h * stride_kh
-    g += tl.multiple_of(i_b * stride_gb, ALIGN) + t0 * stride_gt + i_h * stride_gh
-    beta += i_b * stride_bb + t0 * stride_bt + i_h * stride_bh
+    i_h64 = i_h.to(tl.int64)  # heads may lie T K elements apart
+    q += tl.multiple_of(i_b * stride_qb, ALIGN) + t0 * stride_qt + i_h64 * stride_qh
+    k += tl.multiple_of(i_b * stride_kb, ALIGN) + t0 * stride_kt + i_h64 * stride_kh
+    g += tl.multiple_of(i_b * stride_gb, ALIGN) + t0 * stride_gt + i_h64 * stride_gh
+    beta += i_b * stride_bb + t0 * stride_bt + i_h64 * stride_bh
     dt_bias += i_h * K
     xq += i_tile * (C * BK)
     xk += i_tile * (C * BK)
@@ -159,11 +161,12 @@ def kda_intra_fwd(
     [NC, H, 4, C] from entry `first` on.
 
     Without `index` the chunks are those of tokens t_begin .. t_begin + NT C of every batch row, row by row; with
-    `index` = (cu_seqlens, chunk_offsets, chunk_seq) they are the packed sequences' (see kda/index.py).
+    `index` = (cu_seqlens, chunk_offsets, chunk_seq) they are chunks t_begin .. t_begin + NT of the packed sequences,
+    all counted together (see kda/index.py).
     compile_only: launch nothing (see `launch`).
     """
     (B, T, H, K), (C, BK) = q.shape, tiles[0].shape[2:]
-    NC = B * NT if index is None else index[-1].numel()
+    NC = B * NT if index is None else NT
     bf16 = tiles[0].dtype == torch.bfloat16
     NS = C.bit_length() - 1
     launch(

@@ -74,7 +74,8 @@ def _chunk_kda_fwd(
     inter = inter_config(_gpu(device), K, V, dtype)
     C, upcast = intra.C, interpreted() and q.dtype == torch.bfloat16
 
-    # A segment: first token of each row, chunks of each row, its first entry in the tiles, index of a pack, tiles.
+    # A segment: first token of each row, chunks of each row, its first entry in the tiles, index of a pack, tiles. Of a
+    # pack: first chunk, chunks.
     def first_stage(*segment: Any, compile_only: bool = False) -> None:
         kda_intra_fwd(q, k, g, beta, A_log, dt_bias, scale, *segment, intra, upcast, compile_only)
 
@@ -91,11 +92,15 @@ def _chunk_kda_fwd(
             # Tokens outside every sequence (before the first, behind the last) have output 0.
             o.zero_()
             index = (cu_seqlens, *kda_index_fwd(cu_seqlens, T, C))
-            whole = (0, 0, 0, index, _tiles(q, index[-1].numel(), C))
-            compile_for(*whole)
-            if index[-1].numel() > 0:
-                first_stage(*whole)
-            second_stage(initial_state, *whole)
+            chunks = index[-1].numel()
+            length = min(chunks, segments(1, T, C, beside=False)[0] // C)  # of a segment, whose tiles the next reuses
+            tiles = _tiles(q, length, C)
+            compile_for(0, length, 0, index, tiles)
+            for begin in range(0, max(chunks, 1), max(length, 1)):
+                segment = (begin, min(length, chunks - begin), 0, index, tiles)
+                if length > 0:
+                    first_stage(*segment)
+                second_stage(initial_state, *segment)
             return o, state
         beside = runs_beside(device, N * H * -(-V // inter.BV), B * T)
         length, slots = segments(B, T, C, beside)

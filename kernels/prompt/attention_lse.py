@@ -21,7 +21,7 @@ def attention_with_lse(
 
     Args:
         query: [B, H, T, D].
-        key: [B, H, L, D].
+        key: [B, H, L, D]; like the value in the query's dtype, or cast to it.
         value: [B, H, L, V]; V may differ from D.
         causal: whether query t sees keys 0 .. t only; T must be L then.
         scale: of the scores.
@@ -35,6 +35,8 @@ def attention_with_lse(
     """
     if causal and query.shape[2] != key.shape[2]:
         raise ValueError(f"causal attention needs as many keys as queries, got {key.shape[2]} and {query.shape[2]}")
+    # The operators below read all three as the query's dtype. Under autocast the others may be of another one.
+    key, value = key.to(query.dtype), value.to(query.dtype)
     if query.is_cuda:
         parameters = SDPAParams(query, key, value, None, 0.0, causal, False)
         if can_use_cudnn_attention(parameters):

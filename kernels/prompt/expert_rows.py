@@ -39,10 +39,11 @@ def route_fwd_kernel(
     b_s = tl.sigmoid(tl.load(p_l, mask=m_n[:, None] & m_e[None, :], other=0.0))
     b_c = b_s + tl.load(bias + o_e, mask=m_e, other=0.0).to(tl.float32)[None, :]
     b_v = b_c if BIASED else b_s
-    b_c = tl.where(m_e[None, :] & (b_c == b_c), b_c, float("-inf"))  # a NaN is never chosen before a number
+    b_c = tl.where(b_c == b_c, b_c, float("inf"))  # a NaN is chosen first, as by torch.topk and decode_topk
+    b_c = tl.where(m_e[None, :], b_c, float("-inf"))
     b_w, b_i = tl.zeros([BN, BK], tl.float32), tl.zeros([BN, BK], tl.int32)
     for i in tl.static_range(0, KS):
-        # Where fewer than KS numbers are left the choice is arbitrary, but must be an expert: E is no multiple of BE.
+        # Among scores of -inf the choice is arbitrary, but must be an expert: E is no multiple of BE.
         b_e = tl.minimum(tl.argmax(b_c, axis=1), E - 1)
         m_chosen = o_e[None, :] == b_e[:, None]
         b_x = tl.sum(tl.where(m_chosen, b_v, 0.0), axis=1)
@@ -115,8 +116,9 @@ def route_fwd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights [N, top_k] fp32 and experts [N, top_k] int64 for logits [N, E] fp32; of equals, the first expert wins.
 
-    The experts are those of the highest sigmoid(logit) + bias, best first. A weight is the sigmoid without the bias
-    (with it if `biased`), divided by the sum over the chosen (plus 1e-20) if `renormalize`, times `scaling`.
+    The experts are those of the highest sigmoid(logit) + bias, best first, NaN above all numbers. A weight is the
+    sigmoid without the bias (with it if `biased`), divided by the sum over the chosen (plus 1e-20) if `renormalize`,
+    times `scaling`.
     """
     N, E = logits.shape
     weights = torch.empty(N, top_k, dtype=torch.float32, device=logits.device)

@@ -29,9 +29,11 @@ def merge_attention_fwd_kernel(
     o, lse, part, part_lse, T, stride_pb, stride_pt, stride_ph,
     H: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """BT tokens of one head a program."""
-    i_b, i_h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
-    o_t, o_v = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BV)
+    """BT tokens of one head a program. The grid has one dimension: the others end at 65,535."""
+    NT = (T + BT - 1) // BT
+    i_t, i_bh = (tl.program_id(0) % NT).to(tl.int64), (tl.program_id(0) // NT).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    o_t, o_v = i_t * BT + tl.arange(0, BT), tl.arange(0, BV)
     m_t = o_t < T
     m_tv = m_t[:, None] & (o_v < V)[None, :]
     p_l = (i_b * H + i_h) * T + o_t
@@ -57,7 +59,7 @@ def merge_attention_fwd(o: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, 
     if o.numel() > 0:
         BV = padded(V)
         BT = max(1, 4096 // BV)
-        merge_attention_fwd_kernel[(triton.cdiv(T, BT), B * H)](
+        merge_attention_fwd_kernel[(triton.cdiv(T, BT) * B * H,)](
             o, lse, part, part_lse.contiguous(), T, *part.stride()[:3], H=H, V=V, BT=BT, BV=BV, num_warps=4
         )
 

@@ -76,7 +76,7 @@ def short_conv_edges_fwd_kernel(
     HAS_WINDOW: tl.constexpr, HAS_LENGTHS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Sequence n, BD channels: y of its first W - 1 tokens, which the window reaches, and the window behind it."""
-    i_d, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_d, i_n = tl.program_id(1), tl.program_id(0).to(tl.int64)  # more than 65,535 sequences fit into the first only
     o_d = i_d * BD + tl.arange(0, BD)
     m_d = o_d < D
     n_t, n_y = T, T
@@ -137,7 +137,7 @@ def short_conv_fwd(
         )  # fmt: skip
     if new_window.numel() > 0:
         BD = 512
-        short_conv_edges_fwd_kernel[(triton.cdiv(D, BD), N)](
+        short_conv_edges_fwd_kernel[(N, triton.cdiv(D, BD))](
             # Pointers that are not read still move by whole sequences.
             x, weight, new_window if window is None else window, lengths, cu_seqlens, y, new_window, T,
             *x.stride()[:2], D=D, W=W, BD=BD,

@@ -44,9 +44,13 @@ class Wholeness:
         """The change has ended well, or was taken back whole."""
         self._change, self._thread = None, 0
 
-    def abandon(self) -> None:
-        """The change has failed and can't be taken back: from now on `check` refuses."""
-        self._thread = 0
+    def abandon(self, change: str | None = None) -> None:
+        """The change has failed and can't be taken back: from now on `check` refuses.
+
+        Args:
+            change: names it, where no change is under way.
+        """
+        self._change, self._thread = change or self._change, 0
 
     @contextmanager
     def change(self, what: str, undo: Callable[[], bool] | None = None, mends: bool = False) -> Iterator[None]:

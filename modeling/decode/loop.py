@@ -6,6 +6,7 @@ fired. The step itself looks: where it has, the cache stays as it is and the res
 for the host, unless a streamer, a logits processor or a stopping rule does.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,8 @@ def can_sample_with_steps(generation_config: Any, model_kwargs: dict[str, Any], 
 
 
 def sample_with_steps(
-    step: DecodeStep,
+    find_step: Callable[[], DecodeStep | None],
+    forward: Callable[..., Any],
     outputs: Any,
     input_ids: torch.Tensor,
     logits_processor: Any,
@@ -42,7 +44,9 @@ def sample_with_steps(
     """Continue from `outputs`, the prompt's; arguments and result are those of `GenerationMixin._sample`.
 
     Args:
-        step: for input_ids.shape[0] sequences of one token.
+        find_step: gives the step for input_ids.shape[0] sequences of one token, or None once something has been hung on
+            the model or changed so that steps can't serve it any more.
+        forward: the model, for that case.
         outputs: of the prompt's forward: its last logits and the `KimiLinearCache`.
         input_ids: [B, T], the prompt.
         logits_processor, stopping_criteria, generation_config, streamer: from `generate`.
@@ -52,14 +56,18 @@ def sample_with_steps(
         RuntimeError: scores that give no probabilities, as from transformers' own loop, only later.
     """
     cache, records = outputs[CACHE_NAME], _Records(generation_config)
-    mask = _mask_for_all_steps(attention_mask, stopping_criteria, step)
+    mask = _mask_for_all_steps(attention_mask, stopping_criteria, outputs.logits.device)
     pad = generation_config._pad_token_tensor
     has_eos = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
     limits = [criteria for criteria in stopping_criteria if type(criteria) is MaxLengthCriteria]
     rules = StoppingCriteriaList(criteria for criteria in stopping_criteria if criteria not in limits)
     unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
     sound = unfinished
-    logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+
+    def last_logits(logits: torch.Tensor) -> torch.Tensor:
+        return logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+
+    logits = last_logits(outputs.logits)
     del outputs
     while True:
         scores = logits_processor(input_ids, logits)
@@ -84,9 +92,16 @@ def sample_with_steps(
         past = cache.get_seq_length()
         if mask is not None:
             mask = _grown(mask, past + 1)
+        step = find_step()
+        if step is None:
+            if going_on is not None and not going_on.read():
+                break
+            seen = None if mask is None else mask[:, : past + 1]
+            logits = last_logits(forward(next_tokens[:, None], attention_mask=seen, **as_argument(cache)).logits)
+            continue
         with step.lock, cache.changing("a decode step", partial(step.settle, cache, past, active)):
             step.prepare(cache, next_tokens[:, None], mask, active)
-            logits = step.run()[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+            logits = step.run(last_logits)
             if going_on is not None and not going_on.read():
                 step.skip(cache)
                 break
@@ -173,12 +188,12 @@ class _Records:
 
 
 def _mask_for_all_steps(
-    attention_mask: torch.Tensor | None, stopping_criteria: Any, step: DecodeStep
+    attention_mask: torch.Tensor | None, stopping_criteria: Any, device: torch.device
 ) -> torch.Tensor | None:
     """The prompt's mask with room for what is generated, or None if nothing is padding."""
     if attention_mask is None:
         return None
-    _, mask = step_mask(attention_mask.to(step.device), attention_mask.shape[1])
+    _, mask = step_mask(attention_mask.to(device), attention_mask.shape[1])
     return None if mask is None else _grown(mask, max(mask.shape[1] + 256, stopping_criteria.max_length or 0))
 
 

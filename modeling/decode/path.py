@@ -2,32 +2,32 @@
 
 import threading
 from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ...kernels.gpu.availability import is_first_choice
 from ...kernels.gpu.availability import serves as kernels_serve
 from ...kernels.kda.operators import MAX_HEAD_DIM
 from ..cache.kimi_linear_cache import KimiLinearCache
 from ..checkpoint.packed_modules import packed_formats
-from ..layers.kda_attention import KimiDeltaAttention, ShortConvolution
-from ..layers.mla_attention import KimiMLAAttention
-from ..layers.moe import KimiExperts, KimiMLP, KimiSparseMoeBlock, KimiTopkRouter
-from ..layers.norms import KimiRMSNorm, KimiRMSNormGated
+from ..layers.moe import KimiTopkRouter
+from ..module_watch import ModuleWatch
+from ..plain_modules import Noticing, foreign_methods, hanging
+from .row_parts import RowParts
+from .shapes import released_shapes
 from .step import MAX_STEP_TOKENS, DecodeStep
 
 # New tokens of each sequence that one step takes at most: what the KDA step holds.
 MAX_NEW_TOKENS = 16
-# Steps kept, one per (batch, new tokens): buffers of up to some 30 MB each at the released shape.
-_KEPT_STEPS = 8
-# transformers leaves its hooks on the layers once hidden states, attentions or router logits were asked for.
-_RECORDERS = "transformers.utils.output_capturing"
-_LEAVES = (
-    nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU, KimiRMSNorm, KimiRMSNormGated, ShortConvolution,
-    KimiDeltaAttention, KimiMLAAttention, KimiMLP, KimiSparseMoeBlock, KimiExperts, KimiTopkRouter,
-)  # fmt: skip
+# New tokens of all sequences that steps of `MAX_NEW_TOKENS` take one after the other; more are a prompt.
+MAX_CHUNKED_TOKENS = 64
+# Bytes of the buffers of the steps that are kept, one step per (batch, new tokens). At the released shape the sixteen
+# lengths of one sequence take 304 MiB together, so drafts of varying length don't evict one another.
+_KEPT_BYTES = 1 << 29
 
 
 class DecodePath:
@@ -35,9 +35,11 @@ class DecodePath:
 
     def __init__(self) -> None:
         self._steps: OrderedDict[tuple[int, int], DecodeStep] = OrderedDict()
-        self._fingerprint: tuple[Any, ...] | None = None
-        self._reason: str | None = None
-        self._lock = threading.Lock()
+        self._watch = ModuleWatch()
+        self._made_from: tuple[Any, ...] | None = None
+        self._reason: str | None = "not looked at yet"
+        self._look_is_due = True
+        self._lock = threading.RLock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DecodePath":
         return DecodePath()
@@ -45,30 +47,49 @@ class DecodePath:
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return DecodePath, ()
 
+    def look_again(self) -> None:
+        """A new text begins: let the next question take the whole look (see `plain_modules`)."""
+        self._look_is_due = True
+
     def reason(self, model: Any) -> str | None:
         """Why `model` decodes layer by layer, or None if it decodes by captured steps.
 
-        The answer, like the steps, is kept until parameters or modules move or are replaced; hooks, training mode and
-        the backend are looked at anew each time.
+        After `look_again`, or while there is a reason, every module and tensor is looked at; else only what counts
+        changes. Steps that were made from other weights or modules are dropped.
         """
-        changing = _changing_reason(model)
-        if changing is not None:
-            return changing
-        fingerprint = _fingerprint(model)
-        if fingerprint != self._fingerprint:
-            self._steps.clear()
-            self._fingerprint, self._reason = fingerprint, _lasting_reason(model)
-        return self._reason
+        passing = _passing_reason(model)
+        if passing is not None:
+            return passing
+        with self._lock:
+            whole = self._look_is_due or self._reason is not None
+            if not whole and self._watch.seems_same(model):
+                return None
+            layers = model.config.num_hidden_layers
+            if len(model.model.layers) != layers:
+                return f"only {layers} of {len(model.model.layers)} layers are in use (early exit)"
+            if not self._watch.is_same(model):
+                made_from = self._watch.keep(model)
+                if made_from != self._made_from:
+                    self._steps.clear()
+                    self._made_from = made_from
+                self._reason = _lasting_reason(model)
+            self._look_is_due = False
+            return self._reason
 
-    def step(self, model: Any, batch: int, tokens: int) -> DecodeStep | None:
+    def step(self, model: Any, batch: int, tokens: int) -> DecodeStep | RowParts | None:
         """The step for `tokens` new tokens of `batch` sequences, captured if need be, or None (see `reason`)."""
-        if tokens > MAX_NEW_TOKENS or batch * tokens > MAX_STEP_TOKENS or self.reason(model) is not None:
+        if tokens > MAX_NEW_TOKENS or self.reason(model) is not None:
             return None
+        if batch * tokens > MAX_STEP_TOKENS:
+            return RowParts(partial(self._kept_step, model), batch, tokens, MAX_STEP_TOKENS // tokens)
+        return self._kept_step(model, batch, tokens)
+
+    def _kept_step(self, model: Any, batch: int, tokens: int) -> DecodeStep:
         with self._lock:
             step = self._steps.get((batch, tokens))
             if step is None:
                 step = self._steps[batch, tokens] = DecodeStep(model, batch, tokens)
-                if len(self._steps) > _KEPT_STEPS:
+                while len(self._steps) > 1 and sum(kept.nbytes for kept in self._steps.values()) > _KEPT_BYTES:
                     self._steps.popitem(last=False)
             self._steps.move_to_end((batch, tokens))
             return step
@@ -76,65 +97,98 @@ class DecodePath:
 
 def gpu_has_kernels(model: Any) -> bool:
     """Whether the step's kernels run where `model` is, and are meant to."""
-    device = model.lm_head.weight.device
+    device = _device_of(model)
     return device.type == "cuda" and kernels_serve(device) and is_first_choice(device)
 
 
-def _changing_reason(model: Any) -> str | None:
-    """What a user can switch from one call to the next."""
+def _device_of(model: Any) -> torch.device:
+    weight = getattr(model.lm_head, "weight", None)
+    return weight.device if isinstance(weight, torch.Tensor) else torch.device("cpu")
+
+
+def _passing_reason(model: Any) -> str | None:
+    """What no look at the modules shows: the state of this thread, and the device."""
     if not gpu_has_kernels(model):
-        return f"the kernels need Triton and an NVIDIA GPU from sm_80 on; the model is on {model.lm_head.weight.device}"
-    if len(model.model.layers) != model.config.num_hidden_layers:
-        return f"only {model.config.num_hidden_layers} of {len(model.model.layers)} layers are in use (early exit)"
-    if model.training:
-        return "the model is in training mode; call model.eval()"
+        return f"the kernels need Triton and an NVIDIA GPU from sm_80 on; the model is on {_device_of(model)}"
     if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return "the layers are being compiled or captured"
-    if model.config.kda_backend not in ("auto", "triton"):
-        return f"kda_backend is {model.config.kda_backend!r}"
-    for name, module in model.named_modules():
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if hasattr(module, "_hf_hook") or any(getattr(hook, "__module__", None) != _RECORDERS for hook in hooks):
-            return f"{name or 'the model'} has a hook (accelerate's sharding and offloading work by hooks)"
+    kind = _device_of(model).type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != model.lm_head.weight.dtype:
+        dtypes = torch.get_autocast_dtype(kind), model.lm_head.weight.dtype
+        return "autocast to {} is on, and the parameters are {}".format(*dtypes)
     return None
 
 
-def _fingerprint(model: Any) -> tuple[Any, ...]:
-    tensors = (*model.parameters(), *model.buffers())
-    return (*(tensor.data_ptr() for tensor in tensors), *(type(module) for module in model.modules()))
-
-
 def _lasting_reason(model: Any) -> str | None:
-    """What holds while the parameters stay where they are."""
-    device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"parameters are {dtype}"
+    """What holds until something changes that `ModuleWatch` notices."""
     config = model.config
+    if config.kda_backend not in ("auto", "triton"):
+        return f"kda_backend is {config.kda_backend!r}"
     if config.linear_head_dim > MAX_HEAD_DIM:
         return f"KDA heads of {config.linear_head_dim} are wider than {MAX_HEAD_DIM}"
     if config.num_expert_group != config.topk_group:
         return "experts are chosen by group"
     if formats := packed_formats(model):
         return f"packed weights: no kernels for {' and '.join(formats)} yet"
-    known = (*_LEAVES, type(model.model.layers[0]))
     for name, module in model.named_modules():
-        if name.startswith(("model.layers.", "lm_head")) and type(module) not in known:
-            return f"{name} is a {type(module).__name__} (an adapter or quantised storage)"
-    for name, x in model.named_parameters():
-        plain = type(x) is nn.Parameter and x.is_contiguous() and x.device == device
-        if not plain or (x.dtype != dtype and not name.endswith(("A_log", "dt_bias"))):
+        what = None if module is model else hanging(module) or _changed_scalar(module, config)
+        if what is not None:
+            return f"{name} {what}"
+    return _foreign_tensor(model)
+
+
+def _changed_scalar(module: nn.Module, config: Any) -> str | None:
+    """What a module of ours was told to do that a step doesn't, in words that follow its name; or None."""
+    if isinstance(module, Noticing):
+        replaced = foreign_methods(module)
+        if replaced:
+            return f"has a method of its own ({replaced[0]})"
+    if isinstance(module, KimiTopkRouter):
+        chosen = (module.top_k, module.num_experts, module.num_groups == module.topk_group)
+        if chosen != (config.num_experts_per_token, config.num_experts, True):
+            return "chooses other experts than the config says"
+    if getattr(module, "backend", "auto") not in ("auto", "triton"):
+        return f"has the backend {module.backend!r}"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "renormalises its weight (max_norm)"
+    implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    if hasattr(module, "gate_up_proj") and implementation not in (None, "eager"):
+        function = ALL_EXPERTS_FUNCTIONS.get(implementation)
+        if not getattr(function, "__module__", "").startswith("transformers.") or getattr(
+            module, "_is_expert_parallel", False
+        ):
+            return f"computes by {implementation!r}, which is not one of transformers' own ways"
+    return None
+
+
+def _foreign_tensor(model: Any) -> str | None:
+    """A parameter or buffer that a step can't read, in words; or None."""
+    device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"parameters are {dtype}"
+    shapes = released_shapes(model.config)
+    for name, x in (*model.named_parameters(), *model.named_buffers()):
+        plain = type(x) in (nn.Parameter, torch.Tensor) and x.is_contiguous() and x.device == device
+        fixed = not name.endswith(("A_log", "dt_bias", "e_score_correction_bias"))
+        if not plain or not x.is_floating_point() or (fixed and x.dtype != dtype):
             return f"{name} is a {type(x).__name__} of {x.dtype} on {x.device}, beside {dtype} on {device}"
+        wanted = shapes.get(name)
+        if wanted is None or tuple(x.shape) != wanted:
+            return f"{name} is {list(x.shape)}, and the config says {wanted and list(wanted)}"
     return None
 
 
 def serves(
     cache: Any, input_ids: torch.Tensor | None, attention_mask: Any, kwargs: dict[str, Any], config: Any
 ) -> bool:
-    """Whether a forward call with these arguments is one that a step can answer: a few tokens over a cache of ours."""
+    """Whether a forward call with these arguments is one that steps can answer: a few tokens over a cache of ours."""
     if not isinstance(cache, KimiLinearCache) or cache.get_seq_length() == 0 or input_ids is None:
         return False
-    if input_ids.ndim != 2 or not 0 < input_ids.shape[1] <= MAX_NEW_TOKENS or torch.is_grad_enabled():
+    if input_ids.ndim != 2 or input_ids.numel() == 0 or torch.is_grad_enabled():
         return False
+    tokens, most = input_ids.shape[1], MAX_STEP_TOKENS if input_ids.shape[1] <= MAX_NEW_TOKENS else MAX_CHUNKED_TOKENS
+    if tokens > 1 and input_ids.numel() > most:
+        return False  # a prompt
     if attention_mask is not None and (not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2):
         return False
     for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
@@ -145,12 +199,15 @@ def serves(
 
 
 def step_mask(attention_mask: torch.Tensor | None, new_tokens: int) -> tuple[bool, torch.Tensor | None]:
-    """(whether a step can honour it, the bool mask or None where nothing is padding). Waits for the values."""
+    """(whether a step can honour it, the bool mask or None where nothing is padding). Waits for the values.
+
+    The mask is dense, as a step reads it by its address.
+    """
     if attention_mask is None:
         return True, None
-    mask = attention_mask.bool()
+    mask = attention_mask.bool().contiguous()
     whole, new = torch.stack([mask.all(), mask[:, -new_tokens:].all()]).tolist()
     return bool(new), None if whole else mask
 
 
-__all__ = ["MAX_NEW_TOKENS", "DecodePath", "serves", "step_mask"]
+__all__ = ["MAX_CHUNKED_TOKENS", "MAX_NEW_TOKENS", "DecodePath", "serves", "step_mask"]

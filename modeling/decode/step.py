@@ -5,19 +5,11 @@ projections that share an input are one launch, norms and residual sums are part
 latent space, and the host launches one graph. The graph reads and writes the cache's own storage: addresses and lengths
 are in device memory, so it serves every cache, every length, and a cache that moves when it grows.
 
-| layer | launches (one token) |
-|---|---|
-| KDA | norm + six projections; decay and output gate; convolutions to gated norm; o_proj + residual |
-| MLA | norm + two projections; to latent space + new row; attention; splits joined; to values; o_proj + residual |
-| MoE | norm + router; all experts up; all experts down + residual |
-| dense MLP | norm + gate and up; down + residual |
-
-Rounding differs from the layers' own forward in places: a norm's output is not rounded before its projection, sums are
-rounded once. Nothing is less precise.
+`plan.py` has the launches. Rounding differs from the layers' own forward in places: a norm's output is not rounded
+before its projection, sums are rounded once. Nothing is less precise.
 """
 
 import threading
-import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -25,30 +17,14 @@ from typing import Any
 import torch
 
 from ...configuration.configuration_kimi_linear import KimiLinearConfig
-from ...kernels.decode.configs import (
-    GROUP,
-    LatentConfig,
-    down_config,
-    experts_config,
-    gemv_config,
-    grouped_configs,
-    latent_config,
-    skinny_config,
-)
-from ...kernels.decode.experts import decode_expert_down, decode_expert_up
-from ...kernels.decode.grouped_experts import decode_grouped_experts
-from ...kernels.decode.latent import decode_latent_attention
-from ...kernels.decode.linear import decode_gate, decode_linear, decode_norm
-from ...kernels.decode.routing import decode_group, decode_route, most_blocks
-from ...kernels.gpu.classes import gpu_class
 from ...kernels.gpu.compile_threads import run_in_threads
-from ...kernels.kda.configs import step_config
-from ...kernels.kda.step import kda_step_fwd
 from ..cache.kimi_linear_cache import KDACacheLayer, KimiLinearCache
 from ..generate.resume import NextLogits
+from .inputs import StepInputs
+from .plan import StepPlan
 
-# Most tokens (batch times new tokens) of a step: what the skinny products hold at once.
-MAX_STEP_TOKENS = 64
+# Most tokens (batch times new tokens) of one graph; larger batches are cut by rows (row_parts.py).
+MAX_STEP_TOKENS = 512
 
 
 class DecodeStep:
@@ -63,18 +39,12 @@ class DecodeStep:
     """
 
     def __init__(self, model: Any, batch: int, tokens: int) -> None:
-        self._model = weakref.ref(model)  # the model holds its steps; a cycle would keep its memory
         self.batch, self.tokens = batch, tokens
         self.config: KimiLinearConfig = model.config
-        weight = model.lm_head.weight
-        self.device, self.dtype = weight.device, weight.dtype
-        self._upcast = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-        self._gpu = "sm_90"
-        if weight.device.type == "cuda":
-            capability = torch.cuda.get_device_capability(weight.device)
-            self._gpu = gpu_class(capability, torch.version.hip is not None)
-        self._pdl = weight.device.type == "cuda" and self._gpu in ("sm_90", "sm_100")
-        self._allocate()
+        self.plan = StepPlan(model, batch, tokens)
+        self.device, self.dtype = self.plan.device, self.plan.dtype
+        self.inputs = StepInputs(self.config, batch, self.dtype, self.device)
+        self._streams: set[int] = set()
         self._lock = threading.Lock()
         self._held: tuple[int, ...] | None = None  # what the table holds
         self._past_on_device = -1
@@ -85,53 +55,15 @@ class DecodeStep:
         if self.device.type == "cuda":
             self._capture()
 
-    @torch.inference_mode(False)  # what is made in inference mode can't be written outside of it
-    def _allocate(self) -> None:
-        """Everything that passes between launches."""
-        config, N = self.config, self.batch * self.tokens
-        H, heads = config.hidden_size, config.num_attention_heads
-        kda = config.linear_num_heads * config.linear_head_dim
-        R, S = config.kv_lora_rank, config.qk_rope_head_dim
+    @property
+    def plans(self) -> list[StepPlan]:
+        """The step's one plan, as `RowParts` has several."""
+        return [self.plan]
 
-        def empty(*shape: int, dtype: torch.dtype = self.dtype) -> torch.Tensor:
-            return torch.empty(*shape, dtype=dtype, device=self.device)
-
-        widths = [3 * kda + 2 * config.linear_head_dim + config.linear_num_heads, 2 * config.intermediate_size]
-        widths.append(heads * config.qk_head_dim + R + S)
-        self.input_ids = torch.zeros(N, dtype=torch.int64, device=self.device)
-        self.table = torch.zeros(config.num_hidden_layers, 4, dtype=torch.int64, device=self.device)
-        self.past = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self.x, self.normed = empty(N, H), empty(N, H)
-        self.p, self.gates = empty(N, max(widths)), empty(N, 2 * kda)
-        self.lengths = torch.full((self.batch,), self.tokens, dtype=torch.int32, device=self.device)
-        self.o = empty(N, max(kda, heads * config.v_head_dim))
-        multiprocessors = 4
-        if self.device.type == "cuda":
-            multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
-        splits = max(1, multiprocessors // (self.batch * -(-self.tokens // self._latent_config().BT)))
-        self.q_latent = empty(N, heads, R + S)
-        self.partial = empty(N, splits, heads, R, dtype=torch.float32)
-        self.partial_lse = empty(N, splits, heads, dtype=torch.float32)
-        self.logits = empty(N, self._model().lm_head.weight.shape[0])
-        if "sparse" in config.mlp_layer_types:
-            E, topk, I = config.num_experts, config.num_experts_per_token, config.moe_intermediate_size
-            shared = config.num_shared_experts
-            self.router = empty(N, E, dtype=torch.float32)
-            self.h, self.z = empty(N * (topk + shared), I), empty(N * (topk + shared), H)
-            self.chosen = empty(N, topk, dtype=torch.int32)
-            self.expert_weights = empty(N, topk, dtype=torch.float32)
-            blocks = most_blocks(N, topk, E, GROUP)
-            self.groups = (
-                empty(blocks * GROUP, dtype=torch.int32),
-                empty(blocks, dtype=torch.int32),
-                empty(1, dtype=torch.int32),
-            )
-
-    def _latent_config(self) -> LatentConfig:
-        config = self.config
-        return latent_config(
-            self.tokens, config.num_attention_heads, config.kv_lora_rank, self.dtype.itemsize, self._gpu
-        )
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers that pass between launches."""
+        return sum(x.nbytes for x in self.plan.buffers())
 
     def _capture(self) -> None:
         """Record the launches, on scratch memory in place of a cache."""
@@ -145,31 +77,17 @@ class DecodeStep:
         for i, kind in enumerate(config.layer_types):
             kda = kind == "linear_attention"
             entry = (state.data_ptr(), window.data_ptr(), 0, 0) if kda else (rows.data_ptr(), rows.stride(0), 0, 0)
-            self.table[i].copy_(torch.tensor(entry))
+            self.plan.table[i].copy_(torch.tensor(entry))
         with torch.cuda.device(self.device):
-            run_in_threads(self.device, *self._kinds_of_launches())  # in turn they take seven seconds and more
-            self._launch()
-            self.past.zero_()
+            run_in_threads(self.device, *self.plan.kinds_of_launches())  # in turn they take seven seconds and more
+            self.plan.launch()
+            self.plan.past.zero_()
             torch.cuda.synchronize()
             self._graph = torch.cuda.CUDAGraph()
             stream = torch.cuda.Stream(self.device)  # PyTorch's own capture stream stays on the first GPU that had one
             with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-                self._launch()
+                self.plan.launch()
             self._done = torch.cuda.Event()
-
-    def _kinds_of_launches(self) -> list[Callable[[], None]]:
-        """Calls that between them launch every kernel of the step, in parts that share as little as they can.
-
-        Each is compiled at its first launch.
-        """
-        layers = self._model().model.layers
-        mixers = {layer.is_kda: i for i, layer in enumerate(layers)}
-        mlps = {layer.is_moe: layer for layer in layers}
-        return [
-            self._launch_head,
-            *(partial(self._launch_mixer, layers[i], self.table[i]) for i in mixers.values()),
-            *(partial(self._launch_mlp, layer) for layer in mlps.values()),
-        ]
 
     def __call__(
         self, cache: KimiLinearCache, input_ids: torch.Tensor, mask: torch.Tensor | None = None
@@ -182,7 +100,7 @@ class DecodeStep:
         undo = partial(self.take_back, cache, cache.get_seq_length())
         with self._lock, cache.changing("a decode step", undo):
             self.prepare(cache, input_ids, mask)
-            logits = self.run().clone()
+            logits = self.run()
             self.commit(cache)
             return logits
 
@@ -192,6 +110,7 @@ class DecodeStep:
         input_ids: torch.Tensor,
         mask: torch.Tensor | None = None,
         active: torch.Tensor | None = None,
+        first_row: int | None = None,
     ) -> None:
         """Hand over the inputs of `run`; the caller holds `lock` from here until it has read the logits.
 
@@ -204,18 +123,17 @@ class DecodeStep:
             mask: as for `__call__`.
             active: a bool scalar on the device: where it turns out False, `run` leaves the cache as it is, `skip` must
                 follow, and the logits mean nothing.
+            first_row: of the step's rows in a larger `cache`, which the caller has checked (row_parts.py); None where
+                the cache has the step's rows.
+
+        Raises:
+            ValueError: for a cache or mask whose memory the step would misread; nothing is changed then.
         """
         self._past_of_run = -1
         past = cache.get_seq_length()
-        entries: list[int] = []
-        for layer in cache.layers:
-            if isinstance(layer, KDACacheLayer):
-                entries += (layer.state.data_ptr(), layer.window.data_ptr(), *self._recording_entry(layer))
-            else:
-                layer.reserve(past + self.tokens)
-                rows = layer.storage
-                masked = (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))
-                entries += (rows.data_ptr(), rows.stride(0), *masked)
+        if first_row is None:
+            self.inputs.check(cache, mask, past + self.tokens)
+        entries = self._entries(cache, mask, past + self.tokens, first_row or 0)
         if self._done is not None:
             torch.cuda.current_stream(self.device).wait_event(self._done)  # of a run in another stream
         held = tuple(entries)
@@ -223,41 +141,67 @@ class DecodeStep:
             # From pinned memory, or the host would wait for every step launched so far.
             entry = torch.tensor(entries, pin_memory=self.device.type == "cuda")
             self._held = None  # an interruption must not leave it saying what the table held before
-            self.table.copy_(entry.view_as(self.table), non_blocking=True)
+            self.plan.table.copy_(entry.view_as(self.plan.table), non_blocking=True)
             self._held = held
         if past != self._past_on_device:
             self._past_on_device = -1
-            self.past.fill_(past)
+            self.plan.past.fill_(past)
         self._past_on_device = self._past_of_run = past
         if active is not None:
             self._was_conditional = True
-            torch.mul(active.expand_as(self.lengths), self.tokens, out=self.lengths)
+            torch.mul(active.expand_as(self.plan.lengths), self.tokens, out=self.plan.lengths)
         elif self._was_conditional:
-            self.lengths.fill_(self.tokens)
+            self.plan.lengths.fill_(self.tokens)
             self._was_conditional = False
-        self.input_ids.copy_(input_ids.reshape(-1))
+        self.plan.input_ids.copy_(input_ids.reshape(-1))
         for layer in cache.layers:
             if isinstance(layer, KDACacheLayer):
                 layer.is_changing = True
 
-    def _recording_entry(self, layer: KDACacheLayer) -> tuple[int, int]:
+    def _entries(self, cache: KimiLinearCache, mask: torch.Tensor | None, length: int, first_row: int) -> list[int]:
+        """What the table is to hold, layer by layer, after making room for `length` positions."""
+        masked = (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))
+        entries: list[int] = []
+        for layer in cache.layers:
+            if isinstance(layer, KDACacheLayer):
+                state, window = layer.state[first_row:], layer.window[first_row:]
+                entries += (state.data_ptr(), window.data_ptr(), *self._recording_entry(layer, first_row))
+            else:
+                layer.reserve(length)
+                entries += (layer.storage[first_row:].data_ptr(), layer.storage.stride(0), *masked)
+        return entries
+
+    def _recording_entry(self, layer: KDACacheLayer, first_row: int) -> tuple[int, int]:
         """(address of the first new token in the layer's recording or 0, elements between its sequences)."""
         if not layer.record_past:
             return 0, 0
         layer.prepare_recording(self.tokens)
         recording, heads, K = layer.recording, self.config.linear_num_heads, self.config.linear_head_dim
-        recording.allocate(layer.window, self.batch, heads * (4 * K + 1))
-        return recording.inputs[:, recording.length].data_ptr(), recording.inputs.stride(0)
+        recording.allocate(layer.window, layer.window.shape[0], heads * (4 * K + 1))
+        return recording.inputs[first_row:, recording.length].data_ptr(), recording.inputs.stride(0)
 
-    def run(self) -> torch.Tensor:
-        """Logits [batch, tokens, vocab_size] behind `prepare`; they are overwritten by the next run."""
+    def run(self, copy: Callable[[torch.Tensor], torch.Tensor] = torch.clone) -> torch.Tensor:
+        """`copy` of the logits [batch, tokens, vocab_size] after `prepare`; the next run overwrites the original."""
         self._past_on_device = -1  # until `commit`: an interruption leaves it unknown
-        if self._graph is None:
-            self._launch()
-        else:
-            self._graph.replay()
-            self._done.record(torch.cuda.current_stream(self.device))
-        return self.logits.view(self.batch, self.tokens, -1)
+        stream = None if self._done is None else self._stream_of_run()
+        try:
+            if self._graph is None:
+                self.plan.launch()
+            else:
+                self._graph.replay()
+            return copy(self.plan.logits.view(self.batch, self.tokens, -1))
+        finally:
+            if stream is not None:
+                self._done.record(stream)  # after the copy: a run in another stream waits for it too
+
+    def _stream_of_run(self) -> torch.cuda.Stream:
+        """The current stream, in which the buffers are in use from now on: a step may be dropped while it runs."""
+        stream = torch.cuda.current_stream(self.device)
+        if stream.cuda_stream not in self._streams:
+            for buffer in self.plan.buffers():
+                buffer.record_stream(stream)
+            self._streams.add(stream.cuda_stream)
+        return stream
 
     def commit(self, cache: KimiLinearCache) -> None:
         """Let `cache` count the tokens of the last `run`. Called again after an interruption, it goes on."""
@@ -291,7 +235,9 @@ class DecodeStep:
             return self.take_back(cache, past)
         if active is None or bool(active):
             self.commit(cache)
-            cache.next_logits = NextLogits(cache.get_seq_length(), self.logits.view(self.batch, self.tokens, -1)[:, -1])
+            cache.next_logits = NextLogits(
+                cache.get_seq_length(), self.plan.logits.view(self.batch, self.tokens, -1)[:, -1]
+            )
         else:
             self.skip(cache)
         return True
@@ -304,127 +250,12 @@ class DecodeStep:
 
     def _has_run(self) -> bool:
         """Whether what was prepared has run to its end: the last launch counts the tokens on the device."""
-        return self._past_of_run >= 0 and int(self.past) == self._past_of_run + self.tokens
+        return self._past_of_run >= 0 and int(self.plan.past) == self._past_of_run + self.tokens
 
     @property
     def lock(self) -> threading.Lock:
         """Held while the step's buffers are in use."""
         return self._lock
-
-    @torch.no_grad()
-    def _launch(self) -> None:
-        model = self._model().model
-        torch.index_select(model.embed_tokens.weight, 0, self.input_ids, out=self.x)
-        for layer, entry in zip(model.layers, self.table):
-            self._launch_mixer(layer, entry)
-            self._launch_mlp(layer)
-        self._launch_head()
-        self.past.add_(self.tokens)
-
-    def _launch_mixer(self, layer: Any, entry: torch.Tensor) -> None:
-        (self._kda if layer.is_kda else self._mla)(layer.self_attn, layer.input_layernorm, entry)
-
-    def _launch_mlp(self, layer: Any) -> None:
-        if layer.is_moe:
-            self._moe(layer.block_sparse_moe, layer.post_attention_layernorm)
-        else:
-            self._dense(layer.mlp, layer.post_attention_layernorm)
-
-    def _launch_head(self) -> None:
-        model = self._model()
-        self._linear(self.x, [model.lm_head.weight], self.logits, norm=model.model.norm)
-
-    def _linear(
-        self, x: torch.Tensor, weights: list[torch.Tensor], y: torch.Tensor, norm: Any = None, **options: Any
-    ) -> None:
-        columns, rows = weights[0].shape[1], sum(weight.shape[0] for weight in weights)
-        if x.shape[0] == 1:
-            config = gemv_config(columns, rows)
-            if norm is not None:
-                options |= {"norm_weight": norm.weight, "eps": norm.variance_epsilon}
-        else:
-            config = skinny_config(x.shape[0], columns, rows, x.element_size(), self._gpu)
-            x = x if norm is None else self._normed(x, norm)
-        decode_linear(x, weights, y, config, upcast=self._upcast, pdl=self._pdl, **options)
-
-    def _normed(self, x: torch.Tensor, norm: Any) -> torch.Tensor:
-        decode_norm(x, norm.weight, norm.variance_epsilon, self.normed, self._pdl)
-        return self.normed
-
-    def _part(self, buffer: torch.Tensor, width: int) -> torch.Tensor:
-        """[N, width] at the front of a buffer that layers of several widths share."""
-        N = self.batch * self.tokens
-        return buffer.view(-1)[: N * width].view(N, width)
-
-    def _kda(self, kda: Any, norm: Any, entry: torch.Tensor) -> None:
-        heads, K, B, T = kda.num_heads, kda.head_dim, self.batch, self.tokens
-        inner = heads * K
-        projections = [kda.q_proj, kda.k_proj, kda.v_proj, kda.f_a_proj, kda.g_a_proj, kda.b_proj]
-        p = self._part(self.p, 3 * inner + 2 * K + heads)
-        self._linear(self.x, [module.weight for module in projections], p, norm)
-        columns = (3 * inner, 3 * inner + K)
-        self._linear(p, [kda.f_b_proj.weight, kda.g_b_proj.weight], self.gates, x_columns=columns)
-        q, k, v, _, beta = p.view(B, T, -1).split([inner, inner, inner, 2 * K, heads], dim=2)
-        f, gate = self.gates.view(B, T, -1).chunk(2, dim=2)
-        o = self._part(self.o, inner)
-        weights = tuple(conv.weight[:, 0] for conv in (kda.q_conv1d, kda.k_conv1d, kda.v_conv1d))
-        kda_step_fwd(
-            q, k, v, f, beta, gate, o.view(B, T, heads, K), weights=weights, windows=None,
-            A_log=kda.A_log, dt_bias=kda.dt_bias, norm_weight=kda.o_norm.weight, state=entry, lengths=self.lengths,
-            scale=K**-0.5, eps=kda.o_norm.variance_epsilon, config=step_config(K, K), pdl=self._pdl,
-        )  # fmt: skip
-        self._linear(o, [kda.o_proj.weight], self.x, residual=self.x)
-
-    def _mla(self, mla: Any, norm: Any, entry: torch.Tensor) -> None:
-        heads, V = self.config.num_attention_heads, mla.v_head_dim
-        R, S = mla.kv_lora_rank, mla.qk_rope_head_dim
-        p = self._part(self.p, heads * mla.qk_head_dim + R + S)
-        self._linear(self.x, [mla.q_proj.weight, mla.kv_a_proj_with_mqa.weight], p, norm)
-        latent_norm, o = mla.kv_a_layernorm, self._part(self.o, heads * V)
-        decode_latent_attention(
-            p, mla.kv_b_proj.weight, o.view(-1, heads, V),
-            norm_weight=latent_norm.weight, norm_eps=latent_norm.variance_epsilon, table=entry, past=self.past,
-            q=self.q_latent, partial=self.partial, partial_lse=self.partial_lse, tokens=self.tokens, shared=S,
-            scale=mla.scaling, config=self._latent_config(), upcast=self._upcast, pdl=self._pdl,
-        )  # fmt: skip
-        self._linear(o, [mla.o_proj.weight], self.x, residual=self.x)
-
-    def _dense(self, mlp: Any, norm: Any) -> None:
-        p = self._part(self.p, 2 * mlp.gate_proj.weight.shape[0])
-        self._linear(self.x, [mlp.gate_proj.weight, mlp.up_proj.weight], p, norm)
-        one = p.shape[0] == 1
-        if not one:
-            decode_gate(p, self._pdl)
-        self._linear(p, [mlp.down_proj.weight], self.x, residual=self.x, gated=one)
-
-    def _moe(self, moe: Any, norm: Any) -> None:
-        router, experts, shared = moe.gate, moe.experts, moe.shared_experts
-        x = self.x
-        bias, gate_up, down = router.e_score_correction_bias, experts.gate_up_proj, experts.down_proj
-        rule = {
-            "factor": router.scaling_factor,
-            "biased": router.biased_weights,
-            "renormalize": router.renormalize,
-            "pdl": self._pdl,
-        }
-        chosen, weights = self.chosen, self.expert_weights
-        projections = shared and (shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight)
-        self._linear(x, [router.weight], self.router, norm)
-        if x.shape[0] == 1:
-            decode_expert_up(
-                x, self.router, self.h, chosen, weights, norm_weight=norm.weight, eps=norm.variance_epsilon, bias=bias,
-                gate_up=gate_up, shared=projections and projections[:2], config=experts_config(x.shape[1]), **rule,
-            )  # fmt: skip
-            config = down_config(down.shape[2])
-            decode_expert_down(self.h, chosen, weights, down, projections and projections[2], x, config, pdl=self._pdl)
-            return
-        decode_route(self.router, bias, chosen, weights, **rule)
-        decode_group(chosen, *self.groups, router.num_experts, pdl=self._pdl)
-        decode_grouped_experts(
-            self.normed, weights, x, groups=self.groups, gate_up=gate_up, down=down, shared=projections,
-            h=self.h, z=self.z, configs=grouped_configs(x.shape[1], down.shape[2], x.element_size(), self._gpu),
-            upcast=self._upcast, pdl=self._pdl,
-        )  # fmt: skip
 
 
 __all__ = ["MAX_STEP_TOKENS", "DecodeStep"]

@@ -1,5 +1,6 @@
 """How `generate()` runs our models: with the hybrid cache, and with drafts that are taken back exactly."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,8 +9,10 @@ from transformers.generation import GenerationMixin
 
 from ..cache.kimi_linear_cache import KimiLinearCache
 from ..decode.loop import can_sample_with_steps, sample_with_steps
-from ..decode.path import serves, step_mask
+from ..decode.path import MAX_CHUNKED_TOKENS, MAX_NEW_TOKENS, serves, step_mask
+from ..decode.step import MAX_STEP_TOKENS
 from ..input_checks import check_cache, check_mask, check_token_ids, expect_token_ids
+from ..plain_modules import hanging_on_root, own_method
 from ..transformers_versions import CACHE_NAME, as_argument, one_cache
 from .cache_setup import bound_unbounded_layers, expect_text
 from .refusals import check_cache_implementation, continuous_batching_error
@@ -22,9 +25,32 @@ class KimiGenerationMixin(GenerationMixin):
 
     @property
     def decode_path(self) -> str:
-        """How this model decodes as it stands: by captured steps (of up to 64 tokens), or layer by layer and why."""
+        """How this model decodes as it stands, limits included: by captured steps, or layer by layer and why."""
+        self._decode.look_again()
         reason = self._decode.reason(self)
-        return "captured steps" if reason is None else f"layer by layer: {reason}"
+        if reason is not None:
+            return f"layer by layer: {reason}"
+        loop = self._reason_for_library_loop()
+        within = "" if loop is None else f", one forward at a time, since the model {loop}"
+        return (
+            f"captured steps{within}: {MAX_NEW_TOKENS} new tokens of a sequence and {MAX_STEP_TOKENS} of all sequences "
+            f"at a time; larger batches are cut by rows, up to {MAX_CHUNKED_TOKENS} new tokens in all are taken in "
+            "several steps, and more are a prompt, which goes layer by layer"
+        )
+
+    def _reason_for_library_loop(self) -> str | None:
+        """What our loop around steps would pass over, in words that follow "the model"; or None."""
+        what = hanging_on_root(self, self.dtype)
+        if what is not None:
+            return what
+        if not self._has_own("prepare_inputs_for_generation", KimiGenerationMixin):
+            return "has a prepare_inputs_for_generation of its own (as prompt tuning gives it)"
+        if not self._has_own("_update_model_kwargs_for_generation", GenerationMixin):
+            return "has an _update_model_kwargs_for_generation of its own"
+        return None
+
+    def _has_own(self, name: str, owner: type) -> bool:
+        return own_method(self, name, getattr(owner, name))
 
     def generate(
         self, *args: Any, past_key_values: Cache | None = None, cache: Cache | None = None, **kwargs: Any
@@ -61,7 +87,10 @@ class KimiGenerationMixin(GenerationMixin):
         if next_sequence_length is None:
             next_sequence_length = uncached_tokens(past_key_values, input_ids)
         held = {CACHE_NAME: past_key_values, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
-        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **held, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, next_sequence_length, **held, **kwargs)
+        if past_key_values is not None and not self._has_own("prepare_inputs_for_generation", KimiGenerationMixin):
+            inputs["past_key_values"] = past_key_values  # the name that PEFT's, which is around this one, looks for
+        return inputs
 
     def _prepare_model_inputs(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         expect_token_ids(inputs)
@@ -128,16 +157,26 @@ class KimiGenerationMixin(GenerationMixin):
     ) -> torch.Tensor | None:
         """Logits [B, T, vocab_size] by a captured step, or None where the layers are to be run one by one."""
         if not serves(past_key_values, input_ids, attention_mask, kwargs, self.config):
+            self._decode.look_again()  # a prompt, or what steps don't answer: there is time for it
             return None
-        step = self._decode.step(self, *input_ids.shape)
+        batch_size, length = input_ids.shape
+        parts = input_ids.split(max(1, min(MAX_NEW_TOKENS, MAX_STEP_TOKENS // batch_size)), dim=1)
+        step = self._decode.step(self, *parts[0].shape)
         if step is None:
             return None
-        (batch_size, length), past_length = input_ids.shape, past_key_values.get_seq_length()
         check_token_ids(input_ids, self.config.vocab_size)
         check_cache(past_key_values, self.config, batch_size)
-        check_mask(attention_mask, batch_size, length, past_length)
-        honoured, mask = step_mask(attention_mask, length)
-        return step(past_key_values, input_ids, mask) if honoured else None
+        check_mask(attention_mask, batch_size, length, past_key_values.get_seq_length())
+        honoured, mask = step_mask(None if attention_mask is None else attention_mask.to(step.device), length)
+        if not honoured or step.inputs.misfit(past_key_values) is not None:
+            return None
+        if len(parts) == 1:
+            return step(past_key_values, input_ids, mask)
+        with past_key_values.taking_tokens("decode steps"):
+            # Room for all at once, so that what the first part records is still there when the last is.
+            past_key_values.prepare_recording(length)
+            steps = [self._decode.step(self, *part.shape) for part in parts]
+            return torch.cat([step(past_key_values, part, mask) for step, part in zip(steps, parts)], dim=1)
 
     def _sample(
         self,
@@ -171,17 +210,25 @@ class KimiGenerationMixin(GenerationMixin):
         streamer: Any,
         **model_kwargs: Any,
     ) -> Any:
-        step = None
-        if can_sample_with_steps(generation_config, model_kwargs, synced_gpus):
-            step = self._decode.step(self, input_ids.shape[0], 1)
-        if step is None:
+        self._decode.look_again()
+        find_step = partial(self._decode.step, self, input_ids.shape[0], 1)
+        ours = can_sample_with_steps(generation_config, model_kwargs, synced_gpus)
+        if not ours or self._reason_for_library_loop() is not None or find_step() is None:
             return super()._sample(
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
             )
         outputs = self._prefill(input_ids, generation_config, model_kwargs)
-        mask = model_kwargs.get("attention_mask")
+        forward = partial(self, use_cache=True, return_dict=True)
         return sample_with_steps(
-            step, outputs, input_ids, logits_processor, stopping_criteria, generation_config, streamer, mask
+            find_step,
+            forward,
+            outputs,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            streamer,
+            model_kwargs.get("attention_mask"),
         )
 
 

@@ -96,7 +96,10 @@ def drop_unaccepted(cache: Any) -> None:
     cache.awaits_whole_prompt = False
     drafted = cache.get_seq_length() - (cache.accepted_tokens - 1)
     if drafted > 0 and cache.accepted_tokens > 0 and cache.wholeness.is_whole:
-        cache.crop(-drafted)
+        try:
+            cache.crop(-drafted)
+        except ValueError:  # not recorded; what interrupted is what the caller should see
+            cache.wholeness.abandon("speculative decoding")
 
 
 __all__ = ["drop_unaccepted", "expect_whole_prompt", "noting_accepted", "record_for_drafts", "uncached_tokens"]

@@ -12,6 +12,7 @@ from ...kernels.prompt.short_convolution import causal_short_conv
 from ..cache.kda_layer import KDACacheLayer
 from ..cache.kimi_linear_cache import own_kda_layer, read_kda_states, write_kda_states
 from ..cache.recording import KDAStepWeights, RawInputs
+from ..plain_modules import Noticing, reads_weights, weights_are_plain
 from .fp32_parameters import keeping_fp32
 from .norms import KimiRMSNormGated
 from .sequence_layout import PaddingLayout
@@ -20,7 +21,8 @@ from .sequence_layout import PaddingLayout
 _STEPPED_TOKENS = 16
 
 
-class ShortConvolution(nn.Module):
+@reads_weights
+class ShortConvolution(Noticing):
     """Depthwise causal convolution with SiLU; `weight` [D, 1, W] as on disk, its last tap meets the current token."""
 
     def __init__(self, channels: int, kernel_size: int) -> None:
@@ -38,7 +40,8 @@ class ShortConvolution(nn.Module):
         return causal_short_conv(x, self.weight, window=window, lengths=lengths, cu_seqlens=cu_seqlens)
 
 
-class KimiDeltaAttention(nn.Module):
+@reads_weights
+class KimiDeltaAttention(Noticing):
     """KDA layer: short convolutions, per-channel gate, delta rule, gated norm.
 
     Numerics are those of docs/checkpoint.md: gate, beta, l2 norms, state and the recurrence in fp32; projections and
@@ -133,15 +136,9 @@ class KimiDeltaAttention(nn.Module):
         return torch.cat(outputs, dim=1)
 
     def _weights_can_be_read(self, hidden_states: torch.Tensor) -> bool:
-        """Stepping reads weights by itself; what hangs on their modules (hooks, offloading, sharding) it would miss."""
+        """Stepping reads these weights by itself and would miss what hangs on their modules."""
         modules = (self.q_conv1d, self.k_conv1d, self.v_conv1d, self.o_norm)
-        return all(
-            type(module.weight) is nn.Parameter
-            and module.weight.device == hidden_states.device
-            and not module._forward_hooks
-            and not module._forward_pre_hooks
-            for module in modules
-        )
+        return weights_are_plain(modules, hidden_states.device)
 
     def step_weights(self) -> KDAStepWeights:
         """What a `KimiLinearCache` needs to step through recorded tokens again."""

@@ -16,6 +16,7 @@ from ...configuration.configuration_kimi_linear import KimiLinearConfig
 from ...kernels.gpu.availability import fused_path_serves
 from ...kernels.prompt.attention_lse import attention_with_lse, merge_attention
 from ...kernels.prompt.mla_keys import mla_keys_fwd
+from ..plain_modules import Noticing, reads_weights, weights_are_plain
 from .norms import KimiRMSNorm
 
 # kv_a_layernorm keeps its class default in the released code, whatever rms_norm_eps says (docs/checkpoint.md).
@@ -87,7 +88,8 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2), weights
 
 
-class KimiMLAAttention(nn.Module):
+@reads_weights
+class KimiMLAAttention(Noticing):
     """MLA layer. The cache holds one latent row per token; prompts expand it, short continuations attend to it as is.
 
     Both forms are the same function up to rounding: score = (W_k^T q_nope) . c + q_shared . k_shared.
@@ -143,13 +145,15 @@ class KimiMLAAttention(nn.Module):
 
         if isinstance(attention_mask, CausalOverCache):
             output, weights = self._attend_without_mask(query, latent, shared_key, attention_mask.spans), None
-        elif self._prefers_latent_form(query.shape[2], latent.shape[2], attention_mask):
+        elif self._prefers_latent_form(query.shape[2], latent.shape[2], attention_mask, query.device):
             output, weights = self._attend_latent(query, latent, shared_key, attention_mask)
         else:
             output, weights = self._attend_expanded(query, latent, shared_key, attention_mask, **kwargs)
         return self.o_proj(output.flatten(2)), weights
 
-    def _prefers_latent_form(self, new_tokens: int, cached_tokens: int, attention_mask: Any) -> bool:
+    def _prefers_latent_form(
+        self, new_tokens: int, cached_tokens: int, attention_mask: Any, device: torch.device
+    ) -> bool:
         if new_tokens > _LATENT_FORM_TOKENS or cached_tokens == new_tokens:
             return False
         # With several new tokens, causality has to be in the mask. A 2D mask (flash attention) doesn't hold it, and
@@ -157,16 +161,8 @@ class KimiMLAAttention(nn.Module):
         has_4d_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4
         if not has_4d_mask and (new_tokens > 1 or not (attention_mask is None or torch.is_tensor(attention_mask))):
             return False
-        # The latent form reads kv_b_proj.weight itself, so whatever else hangs on that module (an adapter, a hook that
-        # brings the weight from another device, quantised or sharded storage) must go through its forward instead.
-        kv_b = self.kv_b_proj
-        return (
-            type(kv_b) is nn.Linear
-            and type(kv_b.weight) is nn.Parameter
-            and not hasattr(kv_b, "_hf_hook")
-            and not kv_b._forward_hooks
-            and not kv_b._forward_pre_hooks
-        )
+        # The latent form reads kv_b_proj.weight itself; what else hangs on that module must go through its forward.
+        return weights_are_plain((self.kv_b_proj,), device)
 
     def _attend_latent(
         self, query: torch.Tensor, latent: torch.Tensor, shared_key: torch.Tensor, attention_mask: torch.Tensor | None

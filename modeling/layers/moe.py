@@ -13,10 +13,12 @@ from ...kernels.gpu.availability import fused_path_serves
 from ...kernels.prompt.expert_rows import route_fwd, silu_mul_fwd
 from ...kernels.prompt.grouped_experts import grouped_experts, grouped_experts_serve
 from ..checkpoint.expert_rows import expect_filled, read_released_experts
+from ..plain_modules import Noticing, reads_weights, weights_are_plain
 from .fp32_parameters import keeping_fp32
 
 
-class KimiMLP(nn.Module):
+@reads_weights
+class KimiMLP(Noticing):
     """down(silu(gate(x)) * up(x)), without biases."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
@@ -32,8 +34,9 @@ class KimiMLP(nn.Module):
         return self.down_proj(silu_mul_fwd(gate, up) if fused else F.silu(gate) * up)
 
 
+@reads_weights
 @use_experts_implementation
-class KimiExperts(nn.Module):
+class KimiExperts(Noticing):
     """Routed experts, stacked: `gate_up_proj` [E, 2 I, hidden_size] and `down_proj` [E, hidden_size, I].
 
     The forward below is the "eager" backend of transformers' experts interface; `config._experts_implementation`
@@ -96,7 +99,8 @@ class KimiExperts(nn.Module):
         return output.to(hidden_states.dtype)
 
 
-class KimiTopkRouter(nn.Module):
+@reads_weights
+class KimiTopkRouter(Noticing):
     """Sigmoid router in fp32 with a correction bias that steers the choice of experts, not their weights.
 
     The bias (auxiliary-loss-free balancing, arXiv 2408.15664) is a buffer: no gradient reaches it. In training mode
@@ -157,13 +161,15 @@ class KimiTopkRouter(nn.Module):
         same up to the order of summation, without the casts.
         """
         half = hidden_states.dtype in (torch.bfloat16, torch.float16) and hidden_states.dtype == self.weight.dtype
-        if half and fused_path_serves(hidden_states, self.weight):
-            return torch.mm(hidden_states, self.weight.t(), out_dtype=torch.float32)
-        return F.linear(hidden_states.float(), self.weight.float())
+        with torch.autocast(hidden_states.device.type, enabled=False):  # which would return half precision
+            if half and fused_path_serves(hidden_states, self.weight):
+                return torch.mm(hidden_states, self.weight.t(), out_dtype=torch.float32)
+            return F.linear(hidden_states.float(), self.weight.float())
 
     def _takes_fused(self, logits: torch.Tensor) -> bool:
         chooses_groups = self.num_groups != self.topk_group
-        return not (self.training or chooses_groups) and fused_path_serves(logits, self.e_score_correction_bias)
+        ours = not (self.training or chooses_groups) and logits.dtype == torch.float32
+        return ours and fused_path_serves(logits, self.e_score_correction_bias)
 
     def _within_best_groups(self, biased: torch.Tensor) -> torch.Tensor:
         """Scores with -inf outside the `topk_group` groups whose two best experts score highest."""
@@ -206,7 +212,8 @@ class KimiTopkRouter(nn.Module):
         return counts
 
 
-class KimiSparseMoeBlock(nn.Module):
+@reads_weights
+class KimiSparseMoeBlock(Noticing):
     """Routed experts plus the shared expert, which every token visits with weight one."""
 
     def __init__(self, config: KimiLinearConfig) -> None:
@@ -235,18 +242,14 @@ class KimiSparseMoeBlock(nn.Module):
     def _takes_grouped(self, tokens: torch.Tensor) -> bool:
         """Whether to compute the experts here, from their parameters, instead of calling the module.
 
-        Only where "grouped_mm", transformers' default, is configured, and where nothing else hangs on the module: an
-        adapter, sharded or quantised weights, a hook. accelerate's hook that only says which device a module is on is
-        harmless; one that brings the weights from elsewhere (`offload`) is not.
+        Only where "grouped_mm", transformers' default, is configured, and where nothing else hangs on the module.
         """
         experts = self.experts
-        if type(experts) is not KimiExperts or experts.config._experts_implementation != "grouped_mm":
+        if not weights_are_plain((experts,), tokens.device) or experts.config._experts_implementation != "grouped_mm":
             return False
-        hook = getattr(experts, "_hf_hook", None)
-        if hook is not None and getattr(hook, "offload", True):
+        if getattr(experts, "_is_expert_parallel", False):
             return False
-        hooked = experts._forward_hooks or experts._forward_pre_hooks or getattr(experts, "_is_expert_parallel", False)
-        return not hooked and grouped_experts_serve(tokens, experts.gate_up_proj, experts.down_proj)
+        return grouped_experts_serve(tokens, experts.gate_up_proj, experts.down_proj)
 
 
 __all__ = ["KimiExperts", "KimiMLP", "KimiSparseMoeBlock", "KimiTopkRouter"]

@@ -5,9 +5,11 @@ from torch import nn
 
 from ...kernels.gpu.availability import fused_path_serves
 from ...kernels.prompt.norms import add_rms_norm_fwd, gated_rms_norm_fwd, rms_norm_fwd
+from ..plain_modules import Noticing, reads_weights
 
 
-class KimiRMSNorm(nn.Module):
+@reads_weights
+class KimiRMSNorm(Noticing):
     """x / sqrt(mean(x^2) + eps) in fp32, rounded to x.dtype, then times the weight (the released order of rounding)."""
 
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
@@ -47,6 +49,7 @@ class KimiRMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
+@reads_weights
 class KimiRMSNormGated(KimiRMSNorm):
     """RMSNorm(x) * weight * sigmoid(gate), all in fp32 with one rounding at the end (arXiv 2510.26692, eq. 10)."""
 

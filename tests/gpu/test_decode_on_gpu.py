@@ -59,7 +59,7 @@ def test_greedy_text_of_the_small_checkpoint(batch, by_layers):
     mask[0, : 5 * (batch > 1)] = 0
     options = {"max_new_tokens": 512, "do_sample": False, "eos_token_id": None, "attention_mask": mask}
     expected = by_layers(lambda: model.generate(ids, **options))
-    assert model.decode_path == "captured steps"
+    assert model.decode_path.startswith("captured steps")
     assert torch.equal(model.generate(ids, **options), expected)
 
 

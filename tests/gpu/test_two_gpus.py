@@ -70,7 +70,7 @@ def test_greedy_text(on_one, elsewhere):
     ids = random_ids(2, 40)
     assert torch.equal(greedy(elsewhere, ids), greedy(on_one, ids))
     on_one_device = elsewhere.lm_head.weight.device == elsewhere.model.embed_tokens.weight.device
-    assert (elsewhere.decode_path == "captured steps") == on_one_device
+    assert elsewhere.decode_path.startswith("captured steps") == on_one_device
 
 
 def test_prompt_lookup(on_one, elsewhere):

@@ -49,16 +49,17 @@ def model():
 
 
 @pytest.mark.parametrize(
-    ("gpu", "batch", "tokens"), [*itertools.product(TARGETS, [1, 64], [1]), ("sm_90", 8, 1), ("sm_90", 1, 4)]
+    ("gpu", "batch", "tokens"),
+    [*itertools.product(TARGETS, [1, 64], [1]), ("sm_90", 8, 1), ("sm_90", 512, 1), ("sm_90", 1, 4)],
 )
 def test_step_compiles_and_fits(gpu, batch, tokens, model, monkeypatch):
     """At the released shape: shared memory within limits; matrix products on tensor cores; wide loads of weights."""
     target, step = TARGETS[gpu], DecodeStep(model, batch, tokens)
-    step._gpu, step._pdl = gpu, gpu in ("sm_90", "sm_100")
+    step.plan._gpu, step.plan._pdl = gpu, gpu in ("sm_90", "sm_100")
     with compiling(KERNELS, target, monkeypatch) as compiled:
-        step._launch()
+        step.plan.launch()
     with compiling(KERNELS, target, monkeypatch) as side_by_side:
-        for launch in step._kinds_of_launches():
+        for launch in step.plan.kinds_of_launches():
             launch()
     assert {kernel.hash for _, kernel in side_by_side} == {kernel.hash for _, kernel in compiled}
     several = {"decode_skinny_kernel", "decode_grouped_up_kernel", "decode_group_kernel"}

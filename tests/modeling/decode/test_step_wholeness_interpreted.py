@@ -17,11 +17,11 @@ from test_decode_step_interpreted import close, few_programs, make_model, model,
 from kimi_linear.modeling.cache.kimi_linear_cache import KimiLinearCache
 from kimi_linear.modeling.decode import loop as decode_loop
 from kimi_linear.modeling.decode import path as decode_path
-from kimi_linear.modeling.decode import step as decode_step
+from kimi_linear.modeling.decode import plan as decode_plan
 from kimi_linear.modeling.decode.step import DecodeStep
 
 IDS = torch.tensor([[3, 14, 15, 92, 65, 35, 89, 79, 32]])
-LAUNCHES = [name for name in vars(decode_step) if name.startswith(("decode_", "kda_step")) and name != "decode_step"]
+LAUNCHES = [name for name in vars(decode_plan) if name.startswith(("decode_", "kda_step"))]
 
 
 def fill(model, recording):
@@ -57,7 +57,7 @@ def failing_launches(patch, at):
         return counted
 
     for name in LAUNCHES:
-        patch.setattr(decode_step, name, wrapped(getattr(decode_step, name)))
+        patch.setattr(decode_plan, name, wrapped(getattr(decode_plan, name)))
     return tried
 
 
@@ -171,7 +171,7 @@ def test_a_graph_that_was_not_launched_left_the_cache_alone(model, stepping, mon
 
         def replay(self):
             if self.launches:
-                step._launch()
+                step.plan.launch()
             raise KeyboardInterrupt
 
     new = torch.tensor([[5]])

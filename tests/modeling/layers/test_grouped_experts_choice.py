@@ -1,9 +1,8 @@
 """When the experts are computed by the fused path, and when by transformers' own."""
 
-import types
-
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, CpuOffload, add_hook_to_module, remove_hook_from_module
 
 from kimi_linear.kernels.gpu import availability as gpu_availability
 
@@ -43,11 +42,10 @@ def test_what_hangs_on_the_module_is_honoured(block, monkeypatch):
     handle = block.experts.register_forward_pre_hook(lambda module, inputs: inputs)
     assert not block._takes_grouped(TOKENS)
     handle.remove()
-    for hook, taken in ((types.SimpleNamespace(offload=True), False), (types.SimpleNamespace(), False),
-                        (types.SimpleNamespace(offload=False), True)):  # fmt: skip
-        block.experts._hf_hook = hook
+    for hook, taken in ((AlignDevicesHook(offload=True), False), (CpuOffload(), False), (AlignDevicesHook(), True)):
+        add_hook_to_module(block.experts, hook)
         assert block._takes_grouped(TOKENS) == taken
-    del block.experts._hf_hook
+        remove_hook_from_module(block.experts)
     block.experts._is_expert_parallel = True
     assert not block._takes_grouped(TOKENS)
     block.experts._is_expert_parallel = False
