@@ -14,7 +14,7 @@ from ...kernels.weights.formats import WeightFormat
 from ..layers.moe import KimiExperts, KimiSparseMoeBlock
 from .packed_dequantise import settle_dequantisation
 from .packed_modules import KimiPackedExperts, KimiPackedLinear
-from .packed_names import experts_are_dense, packed_modules
+from .packed_names import experts_are_dense, packed_modules, released_name
 from .packed_state_dict import adopt
 from .packing_on_load import experts_format
 from .refusals import read_headers, refuse_unannounced
@@ -124,13 +124,14 @@ def prepare_packed(model: Any, files: list[str] | None, load_config: Any) -> Non
             "groups. Leave tp_plan and distributed_config out, and use device_map"
         )
     header = read_headers(files)
+    names = {released_name(name): name for name in header}
     understood, dense_experts = set(), bool(model.config.packed_experts) and experts_are_dense(header)
     for name, module in modules.items():
         released = _released(model, name)
         adopted = set()
         for place in module.places():
             full = f"{released}.{place.released}"
-            key = next((key for key in (full, full.removeprefix(f"{model.base_model_prefix}.")) if key in header), None)
+            key = names.get(full) or names.get(full.removeprefix(f"{model.base_model_prefix}."))
             if key is None or (dense_experts and isinstance(module, KimiPackedExperts)):
                 continue
             understood.add(key)

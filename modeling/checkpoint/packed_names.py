@@ -1,5 +1,6 @@
 """Names and shapes of packed weights on disk and in memory, and the way between them, for transformers' loader."""
 
+import re
 from typing import Any
 
 import torch
@@ -126,6 +127,15 @@ def experts_conversions(model: Any, dense: Any, files: list[str] | None = None) 
     return [entry for name, experts in found.items() for entry in _converters(f"{name}.experts", experts, dense)]
 
 
+_APART = re.compile(r"(\.experts\.\d+\.)(gate_proj|up_proj|down_proj)\.")
+_RELEASED = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+
+def released_name(name: str) -> str:
+    """Name of a tensor in the released layout: llm-compressor calls the projections of experts otherwise."""
+    return _APART.sub(lambda found: f"{found[1]}{_RELEASED[found[2]]}.", name)
+
+
 def experts_are_dense(header: Header) -> bool:
     """Whether a checkpoint's experts are floating-point numbers without scales."""
     return any(name.endswith(".w2.weight") and dtype in ("BF16", "F16", "F32") for name, (_, dtype) in header.items())
@@ -154,4 +164,11 @@ def plain_names(model: Any) -> list[Any]:
     return [PlainNames(layers)] if layers else []
 
 
-__all__ = ["PlainNames", "experts_are_dense", "experts_conversions", "packed_modules", "plain_names"]
+__all__ = [
+    "PlainNames",
+    "experts_are_dense",
+    "experts_conversions",
+    "packed_modules",
+    "plain_names",
+    "released_name",
+]

@@ -1,6 +1,7 @@
 """Quantised checkpoints: packed in memory, right against their dequantised weights in float64, saved bit for bit."""
 
 import json
+import re
 import types
 
 import pytest
@@ -237,6 +238,25 @@ def test_decoder_alone_and_config_alone(folder_of, random_ids):
     }
     built.load_state_dict(load_file(folder / "model.safetensors"))
     assert torch.equal(built(ids).logits, whole(ids).logits)
+
+
+@pytest.mark.parametrize("layout", ["w4a16 g32", "fp8 channel"])
+@torch.no_grad()
+def test_names_of_llm_compressor_are_read_and_the_released_ones_saved(folder_of, tmp_path, random_ids, layout):
+    def rename(stored):
+        for name in list(stored):
+            new = name
+            for old, other in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
+                new = re.sub(rf"(experts\.\d+)\.{old}\.", rf"\1.{other}.", new)
+            stored[new] = stored.pop(name)
+
+    ids = random_ids(1, 5)
+    expected = load(folder_of(layout))(ids).logits
+    model = load(folder_of(layout, rename))
+    assert torch.equal(model(ids).logits, expected)
+    model.save_pretrained(tmp_path / "again")
+    folder_of(layout)
+    assert_same_files(tmp_path / "quantised", tmp_path / "again")
 
 
 @pytest.mark.parametrize("layout", ["w4a16 g32", "fp8 tensor static"])
