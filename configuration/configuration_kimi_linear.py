@@ -14,7 +14,7 @@ _KIMI_K3_FIELDS = ("gate_lower_bound", "use_full_rank_gate", "mla_use_output_gat
 
 # Our own switches: written to config.json only when they differ from the default, so that a folder we save stays
 # byte-compatible with what vLLM and the makers' code read.
-_OWN_FIELDS = ("router_weight_uses_score_correction_bias", "kda_backend", "output_router_logits")
+_OWN_FIELDS = ("router_weight_uses_score_correction_bias", "kda_backend", "output_router_logits", "packed_experts")
 
 # What transformers' native class writes beside the released fields, and where the released file has it.
 _NATIVE_LINEAR_FIELDS = {
@@ -78,6 +78,9 @@ class KimiLinearConfig(PreTrainedConfig):
             (through an in-place addition). `False` follows DeepSeek-V3, vLLM, SGLang and transformers.
         kda_backend: `"auto"`, `"triton"`, `"fla"` or `"torch"`.
         output_router_logits: return router logits from `forward`.
+        packed_experts: what becomes of the routed experts where bitsandbytes or torchao quantise the linear layers and
+            leave experts alone. `None` packs them in the same width, `False` leaves them; a group of compressed-tensors
+            (`format`, `weights`) says in which form, and is what a checkpoint that was saved so has here.
 
     Raises:
         ValueError: on contradictory values; the message names field, value and rule.
@@ -160,6 +163,7 @@ class KimiLinearConfig(PreTrainedConfig):
     router_weight_uses_score_correction_bias: bool = False
     kda_backend: str = "auto"
     output_router_logits: bool = False
+    packed_experts: dict[str, Any] | bool | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         layer_types = kwargs.pop("layer_types", None)

@@ -9,6 +9,8 @@ from typing import Any
 
 from huggingface_hub.repocard import metadata_load
 
+from ..modeling.checkpoint.refusals import refuse_method
+from ..modeling.checkpoint.schemes import quantization_fields
 from .code_flattening import flatten_sources, third_party_packages, write_flat_sources
 from .hub_files import (
     has_chat_template,
@@ -77,6 +79,8 @@ def export(request: ExportRequest) -> ExportReport:
     """
     request, source, files = _checked(request)
     config, fields = read_config(source / "config.json" if request.config is None else request.config)
+    if (quantisation := quantization_fields(config)) is not None:
+        refuse_method(quantisation, f"quantization_config of {source}")
     texts = flatten_sources()
     staging = Staging(request.out, _identity(request, source, files))
     mode = "none"

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..configuration.configuration_kimi_linear import KimiLinearConfig
 from .hub_files import has_chat_template, read_config, saved_by_transformers_5
+from .quantised_tensors import ExpectedTensors, expected_tensors
 from .released_tensors import released_shapes
 from .weight_files import find_weights
 
@@ -51,14 +52,6 @@ _FIXED = (
     ("router_weight_uses_score_correction_bias", False, "experts are mixed by their unbiased scores"),
 )
 
-# Quantised formats that both engines read under the released module names: what may stand beside or for a `weight`.
-_QUANTISED = {
-    "compressed-tensors": (
-        "weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape", "weight_global_scale",
-        "input_scale", "input_zero_point", "input_global_scale",
-    ),
-    "fp8": ("weight_scale_inv", "weight_scale", "input_scale", "activation_scale"),
-}  # fmt: skip
 # What llama.cpp's converter and exllamav3 don't look at: a folder with it converts, and answers otherwise.
 _IGNORED_ELSEWHERE = {
     "several expert groups": lambda config: config.num_expert_group > 1,
@@ -95,9 +88,10 @@ def check_serving(folder: Path) -> ServingReport:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
     config, fields = read_config(folder / "config.json")
-    method = (fields.get("quantization_config") or {}).get("quant_method")
-    problems = _field_problems(config, fields) + _tensor_problems(config, folder, _QUANTISED.get(method, ()))
-    return ServingReport(problems, _notes(config, fields, folder))
+    present = {name: shape for file in find_weights(folder) for name, shape in _shapes_in(file.source).items()}
+    expected = expected_tensors(config, released_shapes(config), present)
+    problems = _field_problems(config, fields) + _tensor_problems(expected, present)
+    return ServingReport(problems, _notes(config, fields, folder) + expected.notes)
 
 
 def _field_problems(config: KimiLinearConfig, fields: dict[str, Any]) -> list[str]:
@@ -118,20 +112,12 @@ def _field_problems(config: KimiLinearConfig, fields: dict[str, Any]) -> list[st
     return problems
 
 
-def _tensor_problems(config: KimiLinearConfig, folder: Path, quantised: tuple[str, ...]) -> list[str]:
-    files = find_weights(folder)
-    present = {name: shape for file in files for name, shape in _shapes_in(file.source).items()}
-    expected, files_hold = released_shapes(config), set(present)
-    for name in files_hold:
-        module, _, leaf = name.rpartition(".")
-        if leaf in quantised and f"{module}.weight" in expected:
-            del present[name]
-            if leaf == "weight_packed" and f"{module}.weight_scale" in files_hold:
-                present[f"{module}.weight"] = expected[f"{module}.weight"]  # packed: its shape tells little
+def _tensor_problems(expected: ExpectedTensors, present: dict[str, tuple[int, ...]]) -> list[str]:
+    shapes = expected.shapes
     groups = {
-        "lacks": sorted(set(expected) - set(present)),
-        "holds, and they would not know,": sorted(set(present) - set(expected)),
-        "holds in another shape": sorted(n for n in set(expected) & set(present) if expected[n] != present[n]),
+        "lacks": sorted(set(shapes) - set(present)),
+        "holds, and they would not know,": sorted(set(present) - set(shapes) - expected.accepted),
+        "holds in another shape": sorted(n for n in set(shapes) & set(present) if present[n] not in shapes[n]),
     }
     return [
         f"the checkpoint {what} {len(names)} tensors, the first is {names[0]}"
@@ -164,12 +150,6 @@ def _notes(config: KimiLinearConfig, fields: dict[str, Any], folder: Path) -> li
     if (limit := _tokenizer_limit(folder)) < config.model_max_length:
         text = f"vLLM serves no more than {limit} tokens, model_max_length of tokenizer_config.json; the config says "
         notes.append(text + str(config.model_max_length))
-    if quantisation := fields.get("quantization_config"):
-        method = quantisation.get("quant_method")
-        if method in _QUANTISED:
-            notes.append(f"quantised ({method}): names were checked, not the numbers in its scales")
-        else:
-            notes.append(f"quantised ({method}): whether an engine reads that format was not looked into")
     if ignored := [what for what, has in _IGNORED_ELSEWHERE.items() if has(config)]:
         notes.append(
             f"llama.cpp and exllamav3 ignore {', '.join(ignored)}: they convert the folder and answer otherwise"

@@ -1,4 +1,4 @@
-"""Train the small checkpoint of this package: every layer kind of the architecture in under two million parameters.
+"""Train the small checkpoint of this package: every layer kind of the architecture in two million parameters.
 
     python -m kimi_linear.hub_card.train_small_checkpoint --out hub_card/small_checkpoint
 
@@ -94,7 +94,7 @@ def small_config(tokenizer: PreTrainedTokenizerFast) -> KimiLinearConfig:
         v_head_dim=32,
         num_experts=8,
         num_experts_per_token=2,
-        moe_intermediate_size=80,
+        moe_intermediate_size=128,  # like hidden_size, a multiple of the group sizes that quantisers take
         linear_attn_config={"head_dim": 32, "num_heads": 4},
     )
 

@@ -24,8 +24,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from ..configuration.configuration_kimi_linear import KimiLinearConfig
 from ..kernels.kda.checks import check_cu_seqlens
 from .cache.kimi_linear_cache import KimiLinearCache
-from .checkpoint.conversions import released_layout_conversions
 from .checkpoint.mixin import ReleasedCheckpointMixin
+from .checkpoint.packed_modules import KimiPackedLinear
 from .decode.path import DecodePath
 from .generate.mixin import KimiGenerationMixin
 from .input_checks import (
@@ -158,11 +158,11 @@ class KimiLinearPreTrainedModel(Noticing, ReleasedCheckpointMixin, PreTrainedMod
         name_language_model()
         config.check_consistency()  # fields may have been changed since the config was built
         super().__init__(config, *args, **kwargs)
-        # What save_pretrained undoes; a model that is loaded gets the same list from the loader.
-        self._weight_conversions = released_layout_conversions()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, KimiPackedLinear):
+            return  # zero until it is loaded, as are packed experts
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, KimiDeltaAttention):

@@ -13,12 +13,17 @@ from safetensors import SafetensorError, safe_open
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
+from .packed_names import PlainNames, experts_conversions, packed_modules, plain_names
+
 _LAYER_OF_EXPERTS = re.compile(r"(?:^|\.)layers\.(\d+)\..*\bexperts\.")
 
 
-def released_layout_conversions() -> list[WeightConverter]:
-    """The conversions between the released layout and ours, for transformers' loader."""
-    experts = "block_sparse_moe.experts"
+def released_layout_conversions(experts: str = "block_sparse_moe.experts") -> list[WeightConverter]:
+    """The conversions between the released layout and ours, for transformers' loader.
+
+    Args:
+        experts: pattern of the experts' name.
+    """
     return [
         WeightConverter(
             source_patterns=[f"{experts}.*.w1.weight", f"{experts}.*.w3.weight"],
@@ -41,17 +46,6 @@ def renamings_for_loading() -> list[WeightRenaming]:
         WeightRenaming(rf"{experts}{name}\.", rf"block_sparse_moe.experts.\1.{released}.")
         for name, released in names.items()
     ]
-
-
-def with_released_layout(conversions: list[Any] | None) -> list[Any]:
-    """`conversions` of a model in memory, such that undoing them while saving gives the released layout.
-
-    Renamings that only reading needs are dropped; ours are added where none of `conversions` makes their parameter.
-    """
-    reading = {_patterns(entry) for entry in renamings_for_loading()}
-    kept = [entry for entry in conversions or [] if _patterns(entry) not in reading]
-    made = {target for entry in kept for target in entry.target_patterns}
-    return [entry for entry in released_layout_conversions() if not made & set(entry.target_patterns)] + kept
 
 
 def check_experts_were_read(info: Any, num_hidden_layers: int) -> None:
@@ -83,7 +77,9 @@ def check_experts_were_read(info: Any, num_hidden_layers: int) -> None:
         )
 
 
-def conversions_for_loading(found: list[Any] | None, hf_quantizer: Any, model: Any) -> list[Any]:
+def conversions_for_loading(
+    found: list[Any] | None, hf_quantizer: Any, model: Any, files: list[str] | None = None
+) -> list[Any]:
     """What the loader is to apply, given what transformers found for our model_type.
 
     transformers registers conversions by model_type or class name, both of which its native Kimi Linear shares with
@@ -93,15 +89,45 @@ def conversions_for_loading(found: list[Any] | None, hf_quantizer: Any, model: A
     """
     native = {_patterns(entry) for entry in get_checkpoint_conversion_mapping("kimi_linear") or []}
     kept = [entry for entry in found or [] if _patterns(entry) not in native]
-    ours: list[Any] = released_layout_conversions()
-    if hf_quantizer is not None:
-        update = hf_quantizer.update_weight_conversions
-        takes_model = "model" in inspect.signature(update).parameters
+    reading = renamings_for_loading()
+    ours: list[Any] = experts_conversions(model, released_layout_conversions, files)
+    if model.config.packed_experts:
         known = {_patterns(entry) for entry in kept}
-        updated = update(ours, model) if takes_model else update(ours)
-        ours = [entry for entry in updated if _patterns(entry) not in known]
+        library = [] if hf_quantizer is None else _updated([], hf_quantizer, model)
+        return [*reading, *ours, *(entry for entry in library if _patterns(entry) not in known), *kept]
+    if packed_modules(model):
+        # The library's converters of packed weights would unpack them, or stack them another way.
+        library = {_patterns(entry) for entry in _updated([], hf_quantizer, model)}
+        kept = [entry for entry in kept if _patterns(entry) not in library]
+        return [*reading, *ours, *kept, *plain_names(model)]
+    if hf_quantizer is not None:
+        known = {_patterns(entry) for entry in kept}
+        ours = [entry for entry in _updated(ours, hf_quantizer, model) if _patterns(entry) not in known]
     # A pre-quantised checkpoint brings a converter for any `weight`; the first that matches wins, so ours go in front.
-    return [*renamings_for_loading(), *ours, *kept]
+    return [*reading, *ours, *kept]
+
+
+def conversions_for_saving(model: Any, loaded: list[Any] | None) -> list[Any]:
+    """What save_pretrained is to undo: by what the experts are now, whatever they were loaded from.
+
+    Args:
+        model: about to be saved.
+        loaded: what the loader used, or None. Its renamings (the user's `key_mapping`, the library's) are kept, but
+            for those that only reading needs.
+    """
+    reading = {_patterns(entry) for entry in renamings_for_loading()}
+    kept = [entry for entry in loaded or [] if type(entry) is not PlainNames and not _is_of_experts(entry)]
+    kept = [entry for entry in kept if _patterns(entry) not in reading]
+    return experts_conversions(model, released_layout_conversions) + kept + plain_names(model)
+
+
+def _is_of_experts(entry: Any) -> bool:
+    return isinstance(entry, WeightConverter) and any("block_sparse_moe.experts" in x for x in entry.target_patterns)
+
+
+def _updated(conversions: list[Any], hf_quantizer: Any, model: Any) -> list[Any]:
+    update = hf_quantizer.update_weight_conversions
+    return update(conversions, model) if "model" in inspect.signature(update).parameters else update(conversions)
 
 
 def _patterns(entry: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -123,8 +149,8 @@ def damaged_file_error(files: list[str] | None, error: SafetensorError) -> Safet
 __all__ = [
     "check_experts_were_read",
     "conversions_for_loading",
+    "conversions_for_saving",
     "damaged_file_error",
     "released_layout_conversions",
     "renamings_for_loading",
-    "with_released_layout",
 ]

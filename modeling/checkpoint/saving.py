@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 
-from .conversions import with_released_layout
-
 # Experts that were taken apart (llm-compressor does) and the released names of their projections.
 _APART = re.compile(r"\.experts\.\d+\.(gate_proj|up_proj|down_proj)\.")
 _RELEASED = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
@@ -50,8 +48,6 @@ def released_on_disk(
     Yields:
         What to hand to transformers as `state_dict`.
     """
-    # The loader keeps only conversions that it has used, and 5.24 deletes them where it has dequantised.
-    model._weight_conversions = with_released_layout(getattr(model, "_weight_conversions", None))
     if state_dict is not None:
         state_dict = dict(state_dict)
         to_released(state_dict, model.dtype)

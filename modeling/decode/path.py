@@ -13,6 +13,7 @@ from ...kernels.gpu.availability import is_first_choice
 from ...kernels.gpu.availability import serves as kernels_serve
 from ...kernels.kda.operators import MAX_HEAD_DIM
 from ..cache.kimi_linear_cache import KimiLinearCache
+from ..checkpoint.packed_modules import packed_formats
 from ..layers.moe import KimiTopkRouter
 from ..module_watch import ModuleWatch
 from ..plain_modules import Noticing, foreign_methods, hanging
@@ -127,6 +128,8 @@ def _lasting_reason(model: Any) -> str | None:
         return f"KDA heads of {config.linear_head_dim} are wider than {MAX_HEAD_DIM}"
     if config.num_expert_group != config.topk_group:
         return "experts are chosen by group"
+    if formats := packed_formats(model):
+        return f"packed weights: no kernels for {' and '.join(formats)} yet"
     for name, module in model.named_modules():
         what = None if module is model else hanging(module) or _changed_scalar(module, config)
         if what is not None:

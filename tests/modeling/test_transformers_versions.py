@@ -217,6 +217,9 @@ SEAMS = [
     (conversion_mapping, "get_checkpoint_conversion_mapping", "model_type"),
     (core_model_loading, "WeightConverter", "source_patterns target_patterns operations"),
     (core_model_loading, "WeightRenaming", "source_patterns target_patterns"),
+    (core_model_loading.WeightRenaming, "rename_source_key", "source_key"),
+    (core_model_loading.ConversionOps, "convert", "input_dict source_patterns target_patterns"),
+    (transformers.PreTrainedModel, "_get_dtype_plan", "dtype"),
 ]
 # Private attributes of classes that are set by ours: one that transformers no longer knows would do nothing.
 ATTRIBUTES = [
