@@ -22,6 +22,7 @@ _PURPOSES = {
     "transformers": "model classes, loading, generation",
     "safetensors": "naming a damaged weight file (comes with transformers)",
     "triton": "our GPU kernels (comes with CUDA builds of torch)",
+    "compressed_tensors": "reading checkpoints that it has quantised (`pip install compressed-tensors`)",
     "fla": "GPU kernels of flash-linear-attention (`pip install flash-linear-attention`)",
 }
 _LOAD = """\

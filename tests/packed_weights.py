@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from tiny_checkpoints import released_tensors, tiny_config
 
@@ -143,6 +145,8 @@ def quantised_tensors(layout: str, scales: torch.dtype = torch.bfloat16) -> tupl
 
 
 def write_quantised(folder: Path, layout: str, stored: dict, **fields) -> None:
+    if layout in ("fp8 blocks", "fp8 one scale") and transformers.__version__.startswith("5.16."):
+        pytest.skip("transformers 5.16 fails on its FP8 config before our code is asked; it is refused there")
     folder.mkdir(exist_ok=True)
     save_file({name: x.contiguous() for name, x in stored.items()}, folder / "model.safetensors", {"format": "pt"})
     config = {**QUANTISED_CONFIG, "dtype": "float32", "quantization_config": config_of(layout, IGNORED), **fields}

@@ -60,7 +60,7 @@ class ReleasedCheckpointMixin:
             loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs)
         except SafetensorError as error:
             raise damaged_file_error(checkpoint_files, error) from error
-        finish_packed(model, load_config, loaded[0].missing_keys)
+        finish_packed(model, load_config, loaded[0].missing_keys, loaded[1])
         check_experts_were_read(loaded[0], model.config.num_hidden_layers)
         return loaded
 

@@ -1,8 +1,8 @@
 """`dequantize=True` at loading: packed modules become dense ones once their tensors are there, layer by layer."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -11,8 +11,13 @@ from torch import nn
 from ..layers.moe import KimiExperts
 from .packed_modules import KimiPackedExperts, KimiPackedLinear
 
+
 # transformers' FP8 quantizer sets `dequantize` by itself where no GPU can do FP8, so the field says nothing.
-_asked: ContextVar[bool] = ContextVar("dequantize_asked", default=False)
+class _Asked(threading.local):
+    value = False
+
+
+_asked = _Asked()
 
 
 @contextmanager
@@ -24,11 +29,11 @@ def asking(options: dict[str, Any]) -> Iterator[None]:
     """
     given = options.get("quantization_config")
     read = given.get if isinstance(given, dict) else lambda name, default: getattr(given, name, default)
-    token = _asked.set(bool(read("dequantize", False)) or read("run_compressed", None) is False)
+    before, _asked.value = _asked.value, bool(read("dequantize", False)) or read("run_compressed", None) is False
     try:
         yield
     finally:
-        _asked.reset(token)
+        _asked.value = before
 
 
 def settle_dequantisation(model: Any, quantizer: Any) -> None:
@@ -40,7 +45,7 @@ def settle_dequantisation(model: Any, quantizer: Any) -> None:
         NotImplementedError: if some weights are offloaded to disk.
     """
     fields = quantizer.quantization_config
-    fields.dequantize = _asked.get() or getattr(fields, "run_compressed", True) is False
+    fields.dequantize = _asked.value or getattr(fields, "run_compressed", True) is False
     if fields.dequantize:
         unpack_modules(model)
 

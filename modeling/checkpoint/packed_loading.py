@@ -4,6 +4,7 @@ A model is packed when it is built, so that `device_map="auto"` counts packed by
 headers are compared with what the config says; after it the values are looked at.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ _DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 # Building
@@ -140,7 +142,13 @@ def prepare_packed(model: Any, files: list[str] | None, load_config: Any) -> Non
                 adopt(module, place, shape, _DTYPES.get(dtype, torch.bool), key)
                 adopted.add((place.attribute, shape, dtype))
     if not _is_library_s(model):  # bitsandbytes and torchao have tensors of their own
-        refuse_unannounced(header, understood)
+        refuse_unannounced({name: held for name, held in header.items() if _is_of(model, name)}, understood)
+
+
+def _is_of(model: Any, name: str) -> bool:
+    """Whether a tensor belongs to a layer that the model has: `num_hidden_layers` may leave out the last ones."""
+    layer = _LAYER.search(name)
+    return layer is None or int(layer[1]) < model.config.num_hidden_layers
 
 
 def _is_library_s(model: Any) -> bool:
@@ -148,8 +156,16 @@ def _is_library_s(model: Any) -> bool:
     return fields is not None and fields["quant_method"] not in PACKED_METHODS
 
 
-def finish_packed(model: Any, load_config: Any, missing: set[str]) -> None:
+def finish_packed(
+    model: Any, load_config: Any, missing: set[str], disk_index: dict[str, dict[str, Any]] | None = None
+) -> None:
     """Freeze packed weights, look at their values, and take compressed-tensors' hook off the model.
+
+    Args:
+        model: as loaded.
+        load_config: transformers' own.
+        missing: names that found no tensor.
+        disk_index: where weights that are offloaded to disk are; corrected.
 
     Raises:
         ValueError: for missing tensors, and for scales or shapes that cannot be right; the message names the tensor.
@@ -161,11 +177,25 @@ def finish_packed(model: Any, load_config: Any, missing: set[str]) -> None:
         _check_complete(model, name, module, missing)
         _check_values(_released(model, name), module)
     quantizer = load_config.hf_quantizer
+    _keep_dtypes_on_disk(model, disk_index or {})
     if hasattr(model, "ct_decompress_hook"):
         # compressed-tensors would unpack what it had packed at the first forward. It has packed nothing here.
         quantizer.compressor.remove_decompression_hook(model)
     if modules and quantizer is not None and not _is_library_s(model):
         settle_dequantisation(model, quantizer)
+
+
+def _keep_dtypes_on_disk(model: Any, disk_index: dict[str, dict[str, Any]]) -> None:
+    """Have packed weights and decays read back in their own dtypes: transformers 5.10 casts all to the model's."""
+    own = {
+        f"{name}.{attribute}": getattr(module, attribute).dtype
+        for name, module in packed_modules(model).items()
+        for attribute in {place.attribute for place in module.places()}
+    }
+    for name, entry in disk_index.items():
+        dtype = torch.float32 if name.endswith(("A_log", "dt_bias")) else own.get(name)
+        if dtype is not None and "dtype" in entry:
+            entry["dtype"] = str(dtype).removeprefix("torch.")
 
 
 def _check_complete(model: Any, name: str, module: Any, missing: set[str]) -> None:

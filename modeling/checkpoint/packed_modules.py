@@ -92,7 +92,12 @@ class NoDenseWeight(torch.Tensor):
 
 
 _METADATA = (
-    *(getattr(torch.Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "is_meta", "requires_grad")),
+    torch.Tensor.dtype.__get__,
+    torch.Tensor.device.__get__,
+    torch.Tensor.shape.__get__,
+    torch.Tensor.ndim.__get__,
+    torch.Tensor.is_meta.__get__,
+    torch.Tensor.requires_grad.__get__,
     torch.Tensor.size,
     torch.Tensor.dim,
     torch.Tensor.numel,

@@ -4,13 +4,12 @@ transformers would load most of them: it replaces the linear layers, and the exp
 at random values. Others (ModelOpt) it takes for unquantised ones, whose scales nobody reads.
 """
 
-import json
-import struct
-from pathlib import Path
 from typing import Any
 
+import transformers
+from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.utils import cached_file
+from transformers.configuration_utils import PreTrainedConfig
 
 from .schemes import PACKED_METHODS, method_of
 
@@ -78,7 +77,13 @@ def refuse_unreadable(name_or_path: Any, config: Any, options: dict[str, Any]) -
     for name in ("quantization_config", "quantization"):
         found = fields.get(name)
         if found is not None:
-            refuse_method(found if isinstance(found, dict) else found.to_dict(), f"{name} of {name_or_path}")
+            found = found if isinstance(found, dict) else found.to_dict()
+            refuse_method(found, f"{name} of {name_or_path}")
+            if method_of(found) == "fp8" and transformers.__version__.startswith("5.16."):
+                raise ValueError(
+                    f"transformers {transformers.__version__} fails on fp8 quantisation (FineGrainedFP8Config) of "
+                    "models that it doesn't know itself; use an older one or 5.20 and later"
+                )
     if fields.get("quantization_config") is None:
         if given is not None and method_of(given if isinstance(given, dict) else given.to_dict()) in PACKED_METHODS:
             raise ValueError(
@@ -89,15 +94,12 @@ def refuse_unreadable(name_or_path: Any, config: Any, options: dict[str, Any]) -
 
 
 def _refuse_side_files(name_or_path: Any, options: dict[str, Any]) -> None:
-    """ModelOpt may say what it did in a file of its own; GGUF folders hold no other weights."""
+    """ModelOpt may say what it did in a file of its own."""
     if name_or_path is None:
         return
     aside = _read_json(name_or_path, "hf_quant_config.json", options).get("quantization")
     if isinstance(aside, dict) and (aside.get("quant_algo") or aside.get("kv_cache_quant_algo")):
         refuse_method({"quant_method": "modelopt", **aside}, f"hf_quant_config.json of {name_or_path}")
-    folder = Path(name_or_path) / options.get("subfolder", "")
-    if folder.is_dir() and any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):
-        refuse_method({"quant_method": "gguf"}, str(folder))
 
 
 def _read_json(name_or_path: Any, file: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -105,8 +107,7 @@ def _read_json(name_or_path: Any, file: str, options: dict[str, Any]) -> dict[st
     names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
     passed = {name: options[name] for name in names if options.get(name) is not None}
     try:
-        path = cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False, **passed)
-        return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+        return PreTrainedConfig.get_config_dict(name_or_path, _configuration_file=file, **passed)[0]
     except (OSError, ValueError):
         return {}
 
@@ -121,12 +122,12 @@ def read_headers(files: list[str] | None) -> Header:
         if not str(file).endswith(".safetensors"):
             continue
         try:
-            with open(file, "rb") as stream:
-                header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
-        except (OSError, ValueError, struct.error, OverflowError, MemoryError):
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (it is no dictionary)
+                    held = tensors.get_slice(name)
+                    found[name] = tuple(held.get_shape()), held.get_dtype()
+        except (SafetensorError, OSError):
             continue
-        header.pop("__metadata__", None)
-        found.update((name, (tuple(entry["shape"]), entry["dtype"])) for name, entry in header.items())
     return found
 
 

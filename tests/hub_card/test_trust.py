@@ -12,7 +12,7 @@ HARMLESS_MODULES = {
     "inspect", "itertools", "json", "math", "numbers", "operator", "re", "threading", "types", "typing", "warnings",
     "weakref",
 }  # fmt: skip
-PACKAGES = {"torch", "transformers", "safetensors", "triton", "fla"}
+PACKAGES = {"torch", "transformers", "safetensors", "triton", "fla", "compressed_tensors"}
 # What of these packages downloads, compiles, loads pickles or talks to other machines.
 DENIED_SUBMODULES = (
     "torch.hub", "torch.package", "torch.serialization", "torch.distributed", "torch.multiprocessing",
@@ -41,7 +41,7 @@ DENIED_TORCH = ("save", "load", "manual_seed", "seed", "use_deterministic_algori
 # The model's `save_pretrained` is transformers' own, of another state.
 ALLOWED_BY_FILE = {
     "cache_snapshots.py": "imports safetensors.torch.save_file",
-    "checkpoint_mixin.py": "reaches for super().save_pretrained",
+    "checkpoint_mixin.py": ("reaches for super().save_pretrained", "reaches for super().from_pretrained"),
     # Looks for libraries that are loaded already, and reads what a wrapped forward closes over; it runs neither.
     "plain_modules.py": ("imports sys", "reaches for function.__code__"),
 }

@@ -60,12 +60,8 @@ def test_mlx_of_older_versions_and_modelopt_with_a_file_of_its_own(folder):
 
 def test_gguf(folder):
     (folder / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match="GGUF"):
+    with pytest.raises(ValueError, match=r"GGUF.*llama.cpp"):
         KimiLinearForCausalLM.from_pretrained(folder, gguf_file="model.gguf")
-    for path in folder.glob("*.safetensors"):
-        path.unlink()
-    with pytest.raises(ValueError, match=r"is GGUF.*llama.cpp"):
-        KimiLinearForCausalLM.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("old,new", [(".weight", ".qweight"), (".weight", ".weight_packed")])

@@ -226,6 +226,12 @@ def test_classifier_has_a_dense_head(folder_of):
     assert isinstance(model.model.layers[0].self_attn.q_proj, KimiPackedLinear)
 
 
+def test_fewer_layers_leave_out_the_others(folder_of):
+    linear = QUANTISED_CONFIG["linear_attn_config"] | {"full_attn_layers": []}
+    model = load(folder_of(), num_hidden_layers=1, linear_attn_config=linear)
+    assert len(model.model.layers) == 1
+
+
 @torch.no_grad()
 def test_decoder_alone_and_config_alone(folder_of, random_ids):
     folder, ids = folder_of(), random_ids(1, 5)
@@ -278,14 +284,15 @@ def test_load_state_dict_reads_the_released_names_in_shards(folder_of, random_id
         model.load_state_dict({**tensors, f"{EXPERTS}.9.w1.weight": torch.zeros(1)})
 
 
+@pytest.mark.parametrize("layout", ["w4a16 g32 asymmetric", "fp8 channel", "nvfp4", "fp8 blocks"])
 @torch.no_grad()
-def test_offloaded_to_disk(folder_of, tmp_path, random_ids):
+def test_offloaded_to_disk(folder_of, tmp_path, random_ids, layout):
     pytest.importorskip("accelerate")
-    folder, ids = folder_of("fp8 channel"), random_ids(1, 5)
+    folder, ids = folder_of(layout), random_ids(1, 5)
     device_map = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "disk"}
     device_map |= {"model.norm": "cpu", "lm_head": "cpu"}
-    model = load(folder, device_map=device_map, offload_folder=tmp_path / "offload")
-    assert torch.equal(model(ids).logits, load(folder)(ids).logits)
+    model = load(folder, device_map=device_map, offload_folder=tmp_path / "offload", dtype=torch.bfloat16)
+    assert torch.equal(model(ids).logits, load(folder, dtype=torch.bfloat16)(ids).logits)
 
 
 REQUESTS = {
