@@ -7,6 +7,7 @@ import accelerate
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, CpuOffload, SequentialHook, add_hook_to_module, remove_hook_from_module
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from kimi_linear.modeling.module_watch import ModuleWatch
@@ -110,7 +111,15 @@ def test_recorders_and_the_hook_for_checkpointing_are_harmless(model, random_ids
     assert names_of_hanging(model) == ["model.embed_tokens"]
 
 
-def test_trl_and_accelerate_around_the_root(load_tiny):
+@pytest.fixture
+def fresh_accelerator():
+    """accelerate keeps one state a process, which a Trainer of another test may have set."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_trl_and_accelerate_around_the_root(load_tiny, fresh_accelerator):
     trl_utils = pytest.importorskip("trl.trainer.utils")
     model = load_tiny("hybrid")
     trl_utils.add_fused_lm_head(model)
