@@ -137,6 +137,23 @@ def checkpointing_over_cache_error(past_length: int) -> ValueError:
     )
 
 
+def check_cache_dtype(cache: Any, inputs: torch.Tensor) -> None:
+    """Raise ValueError if latents or windows of `cache` have a wider dtype than `inputs` [B, T, hidden_size].
+
+    A narrower cache, as autocast leaves it, is taken; under autocast nothing is checked.
+    """
+    if torch.is_autocast_enabled(inputs.device.type):
+        return
+    for index, layer in enumerate(cache.layers):
+        kda = hasattr(layer, "recurrent_states")
+        held = _numbered(layer.conv_states) if kda else getattr(layer, "keys", None)
+        if isinstance(held, torch.Tensor) and torch.promote_types(held.dtype, inputs.dtype) != inputs.dtype:
+            raise ValueError(
+                f"past_key_values was made in {held.dtype} (layer {index}) and the model is in {inputs.dtype}; run the "
+                "prompt again in this dtype, or load the model with the dtype it had then"
+            )
+
+
 def _check_held(index: int, what: str, held: Any, batch_size: int, shape: tuple[int | None, ...]) -> None:
     """Raise ValueError unless a cached tensor is [batch_size, *shape]; None in `shape` fits any length."""
     if not isinstance(held, torch.Tensor) or held.ndim != len(shape) + 1:
@@ -186,6 +203,7 @@ def check_mask(attention_mask: Any, batch_size: int, length: int, past_length: i
 
 __all__ = [
     "check_cache",
+    "check_cache_dtype",
     "check_embeddings",
     "check_labels",
     "check_mask",

@@ -30,6 +30,7 @@ from .decode.path import DecodePath
 from .generate.mixin import KimiGenerationMixin
 from .input_checks import (
     check_cache,
+    check_cache_dtype,
     check_embeddings,
     check_labels,
     check_mask,
@@ -284,6 +285,7 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
             past_key_values = KimiLinearCache(self.config)
         if past_key_values is not None:
             check_cache(past_key_values, self.config, batch_size)
+            check_cache_dtype(past_key_values, inputs_embeds)
         past_length = self._past_length(past_key_values)
         check_mask(attention_mask, batch_size, length, past_length)
         check_mask_values(attention_mask)

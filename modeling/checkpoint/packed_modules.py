@@ -248,7 +248,16 @@ class KimiPackedExperts(_PackedTensors, InternalModule):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """As `KimiExperts.forward`; only the experts that were chosen are dequantised, one at a time."""
+        """As `KimiExperts.forward`; only the experts that were chosen are dequantised, one at a time.
+
+        Raises:
+            ValueError: if PEFT has put an adapter on the packed numbers (`target_parameters`), which would do nothing.
+        """
+        if hasattr(self, "parametrizations"):
+            raise ValueError(
+                f"an adapter is on the packed experts ({', '.join(self.parametrizations)}), and packed numbers can't "
+                "take a sum: target the projections (target_modules), or load with dequantize=True to train experts"
+            )
         output = torch.zeros_like(hidden_states, dtype=torch.float32)
         for expert in top_k_index.unique().tolist():
             if expert >= self.num_experts:

@@ -134,6 +134,11 @@ class KimiGenerationMixin(GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Make `KimiLinearCache` the cache of `generate()` unless the user brings or asks for another."""
+        if isinstance(model_kwargs.get(CACHE_NAME), KimiLinearCache) and not generation_config.use_cache:
+            raise ValueError(
+                "use_cache=False with past_key_values: every step would append the whole text to the cache again; "
+                "leave out one of the two"
+            )
         check_cache_implementation(generation_config.cache_implementation, self.config.layer_types)
         # Older transformers ask for "dynamic_full" where a draft will be taken back.
         wants_default = generation_config.cache_implementation in (None, "dynamic", "dynamic_full")

@@ -32,7 +32,7 @@ class RememberingProcessors(LogitsProcessorList):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """As `LogitsProcessorList`."""
-        self.last = NextLogits(input_ids.shape[1], scores)
+        self.last = NextLogits(input_ids.shape[1], scores.clone())  # processors may write into what they are given
         return super().__call__(input_ids, scores, **kwargs)
 
 

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from ...configuration.configuration_kimi_linear import KimiLinearConfig
 from ..cache.kimi_linear_cache import KimiLinearCache
-from ..input_checks import check_cache, check_mask, check_positions, check_token_ids
+from ..input_checks import check_cache, check_mask, check_mask_values, check_positions, check_token_ids
 from ..layers.sequence_layout import cu_seqlens_of_restarts
 from ..transformers_versions import as_argument
 
@@ -99,6 +99,7 @@ def forward_in_segments(
     cache = KimiLinearCache(model.config) if past_key_values is None else past_key_values
     check_cache(cache, model.config, batch_size)
     check_mask(attention_mask, batch_size, length, model._past_length(cache))
+    check_mask_values(attention_mask)
     if attention_mask is not None and attention_mask.all():
         attention_mask = None
     if isinstance(cache, KimiLinearCache):

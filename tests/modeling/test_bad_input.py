@@ -10,6 +10,7 @@ from transformers import BatchEncoding, DynamicCache, StaticCache
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.modeling.cache.kimi_linear_cache import KimiLinearCache
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM, KimiLinearForSequenceClassification
+from kimi_linear.modeling.prompt import segments
 
 BATCH, LENGTH = 2, 9
 
@@ -344,3 +345,28 @@ def test_what_apply_chat_template_returns_is_no_input_of_generate(model, random_
             call()
     with pytest.raises(ValueError, match="got a list; give a tensor"):
         model.generate([[1, 2]])
+
+
+def test_a_cache_that_generate_was_told_not_to_use_is_refused(model, random_ids):
+    cache = KimiLinearCache(model.config)
+    with pytest.raises(ValueError, match="use_cache=False with past_key_values"):
+        model.generate(random_ids(1, 5), past_key_values=cache, use_cache=False, max_new_tokens=3)
+
+
+def test_a_cache_of_a_wider_dtype_is_refused_before_it_changes(load_tiny, random_ids):
+    ids, cache = random_ids(1, 5), KimiLinearCache(load_tiny().config)
+    with torch.no_grad():
+        load_tiny()(ids, past_key_values=cache)
+        half = load_tiny(dtype=torch.bfloat16)
+        with pytest.raises(ValueError, match=r"made in torch.float32 .* model is in torch.bfloat16"):
+            half(ids, past_key_values=cache)
+        assert load_tiny()(ids, past_key_values=cache).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [2.0, float("nan")])
+def test_masks_of_long_prompts_are_checked_by_value(model, random_ids, monkeypatch, value):
+    monkeypatch.setattr(segments, "SEGMENT_TOKENS", 64)
+    mask = torch.ones(1, 200)
+    mask[:, 150:] = value
+    with torch.no_grad(), pytest.raises(ValueError, match="but must be 1 at tokens and 0 at padding"):
+        model(random_ids(1, 200), attention_mask=mask)

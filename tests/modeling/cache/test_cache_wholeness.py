@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from failures import Injected, Stops, raises_at, rule_raises_at
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from kimi_linear.modeling.cache.kimi_linear_cache import KimiLinearCache
 from kimi_linear.modeling.prompt import segments as prompt_segments
@@ -344,3 +345,19 @@ def test_a_second_thread_is_refused_while_a_forward_runs(model, monkeypatch, ran
     thread.join()
     assert len(errors) == 3 and all("another thread (a forward)" in error for error in errors)
     expect_tokens(model, cache, torch.cat([ids, torch.tensor([[3]])], dim=1))
+
+
+def test_kept_logits_are_those_before_the_processors(model, random_ids):
+    """A processor that writes into its logits, as grammars do, must not ban its tokens in a later call without it."""
+
+    class Bans(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores.index_fill_(1, scores.argmax(dim=-1), -torch.inf)
+
+    ids, cache = random_ids(1, PROMPT), KimiLinearCache(model.config)
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 127}
+    with pytest.raises(KeyboardInterrupt):
+        processors = LogitsProcessorList([Bans()])
+        model.generate(ids, past_key_values=cache, logits_processor=processors, streamer=Stops(0), **options)
+    assert cache.get_seq_length() == PROMPT
+    assert torch.equal(model.generate(ids, past_key_values=cache, **options), model.generate(ids, **options))
