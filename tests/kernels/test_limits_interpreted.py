@@ -47,7 +47,17 @@ def test_grids_of_many_rows(monkeypatch):
     monkeypatch.setattr(gpu_availability, "serves", lambda device: True)
     x = torch.empty(B, 2, H, K, device="meta")
     kda_operators._chunk_kda_fwd._init_fn(
-        x, x, x, x, x[..., 0], torch.empty(H, device="meta"), torch.empty(H * K, device="meta"), 1.0, None, None
+        x,
+        x,
+        x,
+        x,
+        x[..., 0],
+        torch.empty(H, device="meta"),
+        torch.empty(H * K, device="meta"),
+        1.0,
+        None,
+        None,
+        False,
     )
     assert len(grids.seen) == 2 and grids.fits()
     merge, edges, conv = Grids(), Grids(), Grids()
@@ -109,13 +119,13 @@ def test_packed_sequences_in_segments(with_state, monkeypatch):
     state = torch.randn(N, 1, 16, 16, generator=generator) if with_state else None
     options = {"A_log": torch.zeros(1), "dt_bias": torch.zeros(16), "initial_state": state, "cu_seqlens": bounds}
     beta = torch.randn(1, T, 1, generator=generator)
-    tiles, made = kda_operators._tiles, []
+    tiles, made = kda_operators.intra_tiles, []
 
     def counted(q, chunks, C):
         made.append(chunks)
         return [x.fill_(float("nan") if x.is_floating_point() else 0) for x in tiles(q, chunks, C)]
 
-    monkeypatch.setattr(kda_operators, "_tiles", counted)
+    monkeypatch.setattr(kda_operators, "intra_tiles", counted)
     expected = chunk_kda(q, k, v, g, beta, **options, output_final_state=True)
     for tokens in (64, 160):
         monkeypatch.setattr(kda_streams, "WORKSPACE_TOKENS", tokens)
