@@ -34,22 +34,38 @@ every case, never over an older file; without --out it is kimi-bench-DEVICE-TIME
 exit codes: 0 done, 1 a case failed for another reason than memory, 2 wrong arguments, 130 interrupted
 """
 
+_VERIFY = """\
+Verify the weights of a folder: names, shapes, dtypes and bytes of every tensor against the released layout, ids and
+chat text of the tokenizer against what is known of the released one, then one pass over a known text, layer by layer
+from disk: finite outputs, experts in use, agreement with transformers' own class, plausible logits. Memory for one
+layer is enough (24 GB of main memory at the released shape, less on a GPU). Where the whole model fits a GPU, captured
+steps are compared with layers. Says what it could not check.
+
+Quantised folders are read as they are; their layers are compared with their dequantised weights.
+"""
+_VERIFY_EXAMPLES = """\
+examples:
+  {program} verify Kimi-Linear-48B-A3B-Instruct
+  {program} verify kimi-48b --generate          # also the greedy reference text
+  {program} verify kimi-48b --headers-only      # seconds: names, shapes, dtypes, bytes, tokenizer
+
+exit codes: 0 all that could be checked is right, 1 something is wrong, 2 wrong arguments or no such folder
+"""
+
 
 def add_machine_commands(commands: Any, program: str) -> None:
     """Add the commands to a sub-parser's group."""
-    _add_bench(
-        _command(commands, "bench", "measure prompts and decoding on this machine", _BENCH, _BENCH_EXAMPLES, program)
+    texts = (
+        ("bench", "measure prompts and decoding on this machine", _BENCH, _BENCH_EXAMPLES, _add_bench),
+        ("verify", "verify the weights of a folder", _VERIFY, _VERIFY_EXAMPLES, _add_verify),
     )
+    for name, help, description, examples, add in texts:
+        add(_command(commands, name, help, description, examples.format(program=program)))
 
 
-def _command(commands: Any, name: str, help: str, description: str, examples: str, program: str) -> Any:
-    return commands.add_parser(
-        name,
-        help=help,
-        description=description,
-        epilog=examples.format(program=program),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _command(commands: Any, name: str, help: str, description: str, examples: str) -> Any:
+    layout = argparse.RawDescriptionHelpFormatter
+    return commands.add_parser(name, help=help, description=description, epilog=examples, formatter_class=layout)
 
 
 def _add_source(parser: Any) -> None:
@@ -79,6 +95,21 @@ def _run_bench(arguments: argparse.Namespace) -> int:
     from .bench.command import BenchRequest, bench
 
     return _run(lambda: bench(BenchRequest(**_values(arguments))))
+
+
+def _add_verify(parser: Any) -> None:
+    parser.set_defaults(run=_run_verify)
+    add = parser.add_argument
+    add("folder", type=Path, metavar="FOLDER", help="an exported or a released folder with weights")
+    add("--generate", action="store_true", help="compare greedy text too")
+    add("--headers-only", action="store_true", help="leave the weights unread")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: a GPU where there is one")
+
+
+def _run_verify(arguments: argparse.Namespace) -> int:
+    from .verify.command import VerifyRequest, verify
+
+    return _run(lambda: verify(VerifyRequest(**_values(arguments))))
 
 
 def _values(arguments: argparse.Namespace) -> dict[str, Any]:
