@@ -170,18 +170,22 @@ class StepPlan:
 
     def _launch_head(self) -> None:
         model = self._model()
-        self._linear(self.x, [model.lm_head.weight], self.logits, norm=model.model.norm)
+        self._linear(self.x, [model.lm_head], self.logits, norm=model.model.norm)
 
     def _linear(
         self,
         x: torch.Tensor,
-        weights: list[torch.Tensor],
+        modules: list[Any],
         y: torch.Tensor,
         norm: Any = None,
         residual: torch.Tensor | None = None,
         **options: Any,
     ) -> None:
-        """y = the weights times `norm` of x, plus `residual`, which is y or None; `options` as `decode_linear`."""
+        """y = the modules' products of `norm` of x side by side, plus `residual`, which is y or None.
+
+        `modules` are linears without bias (or a router, whose `weight` is one); `options` are `decode_linear`'s.
+        """
+        weights = [module.weight for module in modules]
         columns, rows = weights[0].shape[1], sum(weight.shape[0] for weight in weights)
         if x.shape[0] == 1:
             config = gemv_config(columns, rows)
@@ -210,9 +214,9 @@ class StepPlan:
         inner = heads * K
         projections = [kda.q_proj, kda.k_proj, kda.v_proj, kda.f_a_proj, kda.g_a_proj, kda.b_proj]
         p = self._part(self.p, 3 * inner + 2 * K + heads)
-        self._linear(self.x, [module.weight for module in projections], p, norm)
+        self._linear(self.x, projections, p, norm)
         columns = (3 * inner, 3 * inner + K)
-        self._linear(p, [kda.f_b_proj.weight, kda.g_b_proj.weight], self.gates, x_columns=columns)
+        self._linear(p, [kda.f_b_proj, kda.g_b_proj], self.gates, x_columns=columns)
         q, k, v, _, beta = p.view(B, T, -1).split([inner, inner, inner, 2 * K, heads], dim=2)
         f, gate = self.gates.view(B, T, -1).chunk(2, dim=2)
         o = self._part(self.o, inner)
@@ -222,13 +226,13 @@ class StepPlan:
             A_log=kda.A_log, dt_bias=kda.dt_bias, norm_weight=kda.o_norm.weight, state=entry, lengths=self.lengths,
             scale=K**-0.5, eps=kda.o_norm.variance_epsilon, config=step_config(K, K), pdl=self._pdl,
         )  # fmt: skip
-        self._linear(o, [kda.o_proj.weight], self.x, residual=self.x)
+        self._linear(o, [kda.o_proj], self.x, residual=self.x)
 
     def _mla(self, mla: Any, norm: Any, entry: torch.Tensor) -> None:
         heads, V = self.config.num_attention_heads, mla.v_head_dim
         R, S = mla.kv_lora_rank, mla.qk_rope_head_dim
         p = self._part(self.p, heads * mla.qk_head_dim + R + S)
-        self._linear(self.x, [mla.q_proj.weight, mla.kv_a_proj_with_mqa.weight], p, norm)
+        self._linear(self.x, [mla.q_proj, mla.kv_a_proj_with_mqa], p, norm)
         latent_norm, o = mla.kv_a_layernorm, self._part(self.o, heads * V)
         decode_latent_attention(
             p, mla.kv_b_proj.weight, o.view(-1, heads, V),
@@ -236,16 +240,16 @@ class StepPlan:
             q=self.q_latent, partial=self.partial, partial_lse=self.partial_lse, tokens=self.tokens, shared=S,
             scale=mla.scaling, config=self._latent_config(), upcast=self._upcast, pdl=self._pdl,
         )  # fmt: skip
-        self._linear(o, [mla.o_proj.weight], self.x, residual=self.x)
+        self._linear(o, [mla.o_proj], self.x, residual=self.x)
 
     def _dense(self, mlp: Any, norm: Any) -> None:
         p = self._part(self.p, 2 * mlp.gate_proj.weight.shape[0])
-        self._linear(self.x, [mlp.gate_proj.weight, mlp.up_proj.weight], p, norm)
+        self._linear(self.x, [mlp.gate_proj, mlp.up_proj], p, norm)
         one = p.shape[0] == 1
         if not one:
             decode_gate(p, self._pdl)
         gated = {"gated": True} if one else {}
-        self._linear(p, [mlp.down_proj.weight], self.x, residual=self.x, **gated)
+        self._linear(p, [mlp.down_proj], self.x, residual=self.x, **gated)
 
     def _moe(self, moe: Any, norm: Any) -> None:
         router, experts, shared = moe.gate, moe.experts, moe.shared_experts
@@ -259,7 +263,7 @@ class StepPlan:
         }
         chosen, weights = self.chosen, self.expert_weights
         projections = shared and (shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight)
-        self._linear(x, [router.weight], self.router, norm)
+        self._linear(x, [router], self.router, norm)
         if x.shape[0] == 1:
             decode_expert_up(
                 x, self.router, self.h, chosen, weights, norm_weight=norm.weight, eps=norm.variance_epsilon, bias=bias,
