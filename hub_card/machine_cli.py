@@ -52,12 +52,37 @@ examples:
 exit codes: 0 all that could be checked is right, 1 something is wrong, 2 wrong arguments or no such folder
 """
 
+_PLAN = """\
+Say what fits where, how it decodes, and how fast it should be: weights by format, cache by context and rows, scratch,
+the way of decoding, and milliseconds a token counted from the bytes that a step must read. Nothing is downloaded or
+loaded. Without --gpu, --gpu-memory and --cpu-memory the machine at hand is measured.
+
+  FOLDER           a folder, whose own bytes are counted beside the other formats
+  --config FILE    a config.json
+  neither          the released shape, 49.1 billion parameters
+
+"limit" is bytes divided by the rate of reading. "expected" is what this package should take, from a fit to one H200:
+captured steps 1.15 of the limit and 0.018 ms a layer; layer by layer 3 ms a layer on a GPU, twice the limit and 0.5 ms
+a layer on a CPU. Layers of several GPUs compute one after the other, so more GPUs hold more and are no faster.
+"""
+_PLAN_EXAMPLES = """\
+examples:
+  {program} plan --gpu-memory 24                        # what runs on one 24 GiB card?
+  {program} plan --gpu "RTX 4090" "RTX 4090" --contexts 8192 131072 --batches 1 4
+  {program} plan --gpu-memory 48 48 --read-rate 860
+  {program} plan --cpu-memory 128 --read-rate 200
+  {program} plan kimi-48b --json
+
+exit codes: 0 planned, 2 wrong arguments
+"""
+
 
 def add_machine_commands(commands: Any, program: str) -> None:
     """Add the commands to a sub-parser's group."""
     texts = (
         ("bench", "measure prompts and decoding on this machine", _BENCH, _BENCH_EXAMPLES, _add_bench),
         ("verify", "verify the weights of a folder", _VERIFY, _VERIFY_EXAMPLES, _add_verify),
+        ("plan", "say what fits where and how fast it should be", _PLAN, _PLAN_EXAMPLES, _add_plan),
     )
     for name, help, description, examples, add in texts:
         add(_command(commands, name, help, description, examples.format(program=program)))
@@ -110,6 +135,25 @@ def _run_verify(arguments: argparse.Namespace) -> int:
     from .verify.command import VerifyRequest, verify
 
     return _run(lambda: verify(VerifyRequest(**_values(arguments))))
+
+
+def _add_plan(parser: Any) -> None:
+    parser.set_defaults(run=_run_plan)
+    _add_source(parser)
+    add = parser.add_argument
+    add("--gpu", nargs="+", metavar="NAME", default=[], help='cards by name, each as often as it is there: "RTX 4090"')
+    add("--gpu-memory", type=float, nargs="+", metavar="GIB", default=[], help="GiB of each card")
+    add("--read-rate", type=float, metavar="GB/S", help="GB a second that a card (--gpu-memory) or the CPU reads")
+    add("--cpu-memory", type=float, metavar="GIB", help="plan for a CPU with so much main memory")
+    add("--contexts", type=int, nargs="+", metavar="N", default=[4096, 32768, 131072, 1048576], help="tokens")
+    add("--batches", type=int, nargs="+", metavar="N", default=[1, 8, 64], help="rows")
+    add("--json", action="store_true", dest="as_json", help="print JSON")
+
+
+def _run_plan(arguments: argparse.Namespace) -> int:
+    from .plan.command import PlanRequest, plan
+
+    return _run(lambda: plan(PlanRequest(**_values(arguments))))
 
 
 def _values(arguments: argparse.Namespace) -> dict[str, Any]:
