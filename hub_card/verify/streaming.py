@@ -102,7 +102,7 @@ def _fill(module: nn.Module, tensors: Tensors, device: str) -> None:
     module.load_state_dict(tensors, strict=True)
 
 
-def dense_tensors(layer: nn.Module, tensors: Tensors) -> Tensors:
+def dense_tensors(layer: Any, tensors: Tensors) -> Tensors:
     """A layer's tensors by released name with packed weights dequantised; what isn't packed is that of `tensors`."""
     dense: Tensors = {}
     packed: set[str] = set()
@@ -115,7 +115,7 @@ def dense_tensors(layer: nn.Module, tensors: Tensors) -> Tensors:
                 for index, leaf in enumerate(module.leaves(projection)):
                     for expert in range(module.num_experts):
                         handle = module.handle(projection, expert, index)
-                        dense[f"{name}.{expert}.{leaf}.weight"] = handle.dequantize(torch.bfloat16)
+                        dense[f"{name}.{expert}.{leaf}.weight"] = handle.dequantize(layer.input_layernorm.weight.dtype)
             packed |= {f"{name}.{place.released}" for place in module.places()}
     return {**{name: tensor for name, tensor in tensors.items() if name not in packed}, **dense}
 
