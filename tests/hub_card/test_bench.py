@@ -150,7 +150,7 @@ def test_plot_without_matplotlib_says_how_to_get_it(tmp_path, monkeypatch, capsy
     about = {"versions": {"flash-linear-attention": "0.6.0"}}
     monkeypatch.setattr(command, "has_matplotlib", lambda: False)
     command._show([{**row, "tokens_a_second": 1e3}], about, tmp_path / "x.json", interrupted=False)
-    assert "pip install matplotlib" in capsys.readouterr().out
+    assert "pip install 'kimi-linear[bench]'" in capsys.readouterr().out
 
 
 def test_several_lines_share_a_panel_without_overlapping_numbers():
