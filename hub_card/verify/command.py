@@ -1,5 +1,6 @@
 """`python -m kimi_linear.hub_card verify`: arguments are those of `cli`."""
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,7 @@ def _check_numbers(
         if request.generate:
             text = _generate(model, text, tokenizer, report)
         del model
+        gc.collect()
         torch.cuda.empty_cache()
     logits = run_pass(config, stored, text.ids, kind, report)
     if logits is None:

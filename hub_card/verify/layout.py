@@ -177,11 +177,14 @@ def differing_fields(config: KimiLinearConfig) -> list[str]:
                "output_router_logits", "initializer_range", "model_max_length", "bos_token_id", "pad_token_id",
                "eos_token_id"}  # fmt: skip
     names = [name for name in KimiLinearConfig.__annotations__ if name not in ignored]
-    return [
-        f"{name} {getattr(config, name)} (released {getattr(released, name)})"
-        for name in names
-        if hasattr(released, name) and getattr(config, name, None) != getattr(released, name)
+    differing = [
+        name for name in names if hasattr(released, name) and getattr(config, name, None) != getattr(released, name)
     ]
+    return [_named(name, getattr(config, name, None), getattr(released, name)) for name in differing]
+
+
+def _named(name: str, found: Any, released: Any) -> str:
+    return name if isinstance(released, dict) else f"{name} {found} (released {released})"
 
 
 __all__ = ["StoredTensor", "check_layout", "differing_fields", "read_headers"]

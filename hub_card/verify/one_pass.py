@@ -138,7 +138,7 @@ def judge_layers(
         stuck = [one.index + 1 for one in routed if int((one.experts > 0).sum()) <= few]
         used = sorted(int((one.experts > 0).sum()) for one in routed)
         said = f"layers {stuck} send every token to the same {few} experts" if stuck else (
-            f"{used[0]} to {used[-1]} of {config.num_experts} experts get tokens, by layer"
+            f"{used[0]}{f' to {used[-1]}' if used[-1] > used[0] else ''} of {config.num_experts} experts get tokens"
         )  # fmt: skip
         report.judge(not stuck, f"routers: {said}")
     elif routed:
