@@ -106,11 +106,11 @@ def _add_bench(parser: Any) -> None:
     add("--layers", type=int, metavar="N", help="only the first N layers (random weights)")
     add("--contexts", type=int, nargs="+", metavar="N", help="tokens (default: 4096 32768 131072; CPU: 256 1024)")
     add("--batches", type=int, nargs="+", metavar="N", help="rows (default: 1 8; CPU: 1 4)")
-    add("--segments", type=int, nargs="+", metavar="N", default=[], help="also prompts in segments of N tokens")
-    add("--models", nargs="+", choices=("ours", "all_mla", "native"), default=["ours", "all_mla", "native"])
+    add("--segments", type=int, nargs="+", metavar="N", help="also prompts in segments of N tokens")
+    add("--models", nargs="+", choices=("ours", "all_mla", "native"), help="default: all three")
     add("--paths", nargs="+", choices=("captured", "layers"), help="of our decoding (default: both; CPU: layers)")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: GPUs where there are any")
-    add("--repeats", type=int, default=3, metavar="N", help="timed runs of each case (default: 3)")
+    add("--device", choices=("auto", "cuda", "cpu"), help="default: GPUs where there are any")
+    add("--repeats", type=int, metavar="N", help="timed runs of each case (default: 3)")
     add("--out", type=Path, metavar="FILE.json", help="what to write; the plot lies beside it")
     add("--estimate", action="store_true", help="say how long it would take, and stop")
     add("--draw", type=Path, metavar="FILE.json", help="draw the plot of an earlier run again, and stop")
@@ -128,7 +128,7 @@ def _add_verify(parser: Any) -> None:
     add("folder", type=Path, metavar="FOLDER", help="an exported or a released folder with weights")
     add("--generate", action="store_true", help="compare greedy text too")
     add("--headers-only", action="store_true", help="leave the weights unread")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: a GPU where there is one")
+    add("--device", choices=("auto", "cuda", "cpu"), help="default: a GPU where there is one")
 
 
 def _run_verify(arguments: argparse.Namespace) -> int:
@@ -141,12 +141,12 @@ def _add_plan(parser: Any) -> None:
     parser.set_defaults(run=_run_plan)
     _add_source(parser)
     add = parser.add_argument
-    add("--gpu", nargs="+", metavar="NAME", default=[], help='cards by name, each as often as it is there: "RTX 4090"')
-    add("--gpu-memory", type=float, nargs="+", metavar="GIB", default=[], help="GiB of each card")
+    add("--gpu", nargs="+", metavar="NAME", help='cards by name, each as often as it is there: "RTX 4090"')
+    add("--gpu-memory", type=float, nargs="+", metavar="GIB", help="GiB of each card")
     add("--read-rate", type=float, metavar="GB/S", help="GB a second that a card (--gpu-memory) or the CPU reads")
     add("--cpu-memory", type=float, metavar="GIB", help="plan for a CPU with so much main memory")
-    add("--contexts", type=int, nargs="+", metavar="N", default=[4096, 32768, 131072, 1048576], help="tokens")
-    add("--batches", type=int, nargs="+", metavar="N", default=[1, 8, 64], help="rows")
+    add("--contexts", type=int, nargs="+", metavar="N", help="tokens (default: 4096 32768 131072 1048576)")
+    add("--batches", type=int, nargs="+", metavar="N", help="rows (default: 1 8 64)")
     add("--json", action="store_true", dest="as_json", help="print JSON")
 
 
@@ -157,8 +157,10 @@ def _run_plan(arguments: argparse.Namespace) -> int:
 
 
 def _values(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of a command by name, lists as tuples."""
-    given = {name: value for name, value in vars(arguments).items() if name not in ("run", "rest")}
+    """Arguments of a command by name, lists as tuples; what was not given is left to the request's own default."""
+    given = {
+        name: value for name, value in vars(arguments).items() if name not in ("run", "rest") and value is not None
+    }
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 

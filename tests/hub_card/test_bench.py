@@ -12,7 +12,7 @@ from kimi_linear.hub_card.bench import command, models, plot, report, running
 from kimi_linear.hub_card.bench.cases import Case, cases_of
 from kimi_linear.hub_card.cli import main
 from kimi_linear.hub_card.measure.machine import Machine
-from kimi_linear.hub_card.measure.random_models import empty_model
+from kimi_linear.hub_card.measure.random_models import empty_model, random_model
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
 from kimi_linear.modeling.prompt import segments
 
@@ -143,6 +143,14 @@ def test_several_gpus_get_their_parts():
     assert max(halves) < 0.65 * sum(halves)
     with pytest.raises(ValueError, match=r"1 GPU has .*--layers 2 would fit"):
         models.check_room(size, Machine("cuda", ("GPU",), (size * 2 // 3,), 1e12, 1e14), 4)
+
+
+def test_a_device_map_changes_no_weight():
+    config = KimiLinearConfig.from_dict({**tiny_config(), "dtype": "bfloat16"})
+    place = dict.fromkeys(models.spread_map(config, MACHINE), "cpu")
+    spread, whole = (random_model(KimiLinearForCausalLM, config, device, seed=3) for device in (place, "cpu"))
+    for (name, one), other in zip(spread.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(one, other), name
 
 
 def test_plot_without_matplotlib_says_how_to_get_it(tmp_path, monkeypatch, capsys):
