@@ -1,7 +1,9 @@
 """Which tensors a quantised checkpoint in the released layout holds, from its config and the names it has."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import torch
 
 from ..configuration.configuration_kimi_linear import KimiLinearConfig
 from ..modeling.checkpoint.schemes import PACKED_METHODS, Schemes, quantization_fields
@@ -30,11 +32,13 @@ class ExpectedTensors:
         shapes: by name, the shapes that a tensor may have.
         accepted: names that it may hold besides.
         notes: what is worth knowing.
+        dtypes: by name, the dtypes that a tensor of a quantised weight may have, where its format is known.
     """
 
     shapes: dict[str, tuple[Shape, ...]]
     accepted: frozenset[str]
     notes: list[str]
+    dtypes: dict[str, tuple[torch.dtype, ...]] = field(default_factory=dict)
 
 
 def expected_tensors(
@@ -61,6 +65,7 @@ def expected_tensors(
     if schemes is None:
         return _by_names(plain, linear, present, method)
     shapes, left_plain = dict(plain), []
+    dtypes: dict[str, tuple[torch.dtype, ...]] = {}
     for layer, shape in linear.items():
         format = schemes.format_of(layer)
         if format is None:
@@ -69,15 +74,16 @@ def expected_tensors(
             left_plain.append(layer)
             continue
         del shapes[f"{layer}.weight"]
-        for name, (allowed, _) in format.tensors(*shape).items():
+        for name, (allowed, allowed_dtypes) in format.tensors(*shape).items():
             shapes[f"{layer}.{format.disk_name(name)}"] = allowed
+            dtypes[f"{layer}.{format.disk_name(name)}"] = allowed_dtypes
     notes = [_KNOWN.format(method)]
     if left_plain:
         notes.append(
             f"quantization_config calls {len(left_plain)} layers quantised that the checkpoint holds unquantised, the "
             f"first is {left_plain[0]}; its ignore list should name them"
         )
-    return ExpectedTensors(shapes, frozenset(), notes)
+    return ExpectedTensors(shapes, frozenset(), notes, dtypes)
 
 
 _KNOWN = "quantised ({}): names were checked, not the numbers in its scales"

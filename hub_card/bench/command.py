@@ -140,7 +140,7 @@ def _draw_beside(record: dict[str, Any], out: Path) -> None:
     picture = out.with_suffix(".png")
     if not has_matplotlib():
         print(
-            f"no plot: matplotlib is missing. pip install matplotlib, then "
+            f"no plot: matplotlib is missing. pip install 'kimi-linear[bench]', then "
             f"python -m kimi_linear.hub_card bench --draw {out}"
         )
         return

@@ -1,6 +1,8 @@
 """The models that are measured: a folder's or random ones, on one GPU, spread over several, or on a CPU."""
 
+import math
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,14 @@ from ...modeling.modeling_kimi_linear import KimiLinearForCausalLM
 from ..hub_files import read_config
 from ..measure.expect import bf16_bytes
 from ..measure.machine import Machine
-from ..measure.random_models import empty_model, native_class, native_config, random_model
+from ..measure.random_models import native_class, native_config, random_model
 from ..measure.shapes import first_layers, with_mla_everywhere
+from ..released_tensors import released_shapes
 from ..weight_files import find_weights
 
 _GIB = 2**30
 # Of a GPU's memory, what a spread model's weights may take: caches and scratch need the rest.
 _WEIGHTS_SHARE = 0.85
-# Layers of ours and of the native class, which a spread model keeps whole.
-_BLOCKS = ["KimiDecoderLayer", "KimiLinearDecoderLayer"]
 NAMES = {"ours": "ours", "all_mla": "MLA in every layer", "native": "transformers' own class"}
 
 
@@ -107,24 +108,33 @@ def make_model(source: Source, name: str, machine: Machine) -> torch.nn.Module:
     model_class, own = KimiLinearForCausalLM, config
     if name == "native":
         model_class, own = native_class(), native_config(config)
-    return random_model(model_class, own, _place(model_class, own, machine, bf16_bytes(config)))
+    return random_model(model_class, own, _place(config, machine, bf16_bytes(config)))
 
 
-def _place(model_class: Any, config: Any, machine: Machine, weights: int) -> Any:
+def _place(config: KimiLinearConfig, machine: Machine, weights: int) -> Any:
     """A device, or a device map where one GPU doesn't hold the weights."""
     check_room(weights, machine, config.num_hidden_layers)
     if machine.kind == "cpu":
         return "cpu"
-    room = [int(memory * _WEIGHTS_SHARE) for memory in machine.memory]
-    if weights <= room[0]:
+    if weights <= machine.memory[0] * _WEIGHTS_SHARE:
         return "cuda:0"
-    from accelerate import infer_auto_device_map
+    return spread_map(config, machine)
 
-    skeleton = empty_model(model_class, config)
-    even = int(weights / len(room) * 1.08)
-    shares = {index: min(memory, even) for index, memory in enumerate(room)}
-    shares[len(room) - 1] = room[-1]
-    return infer_auto_device_map(skeleton, max_memory=shares, no_split_module_classes=_BLOCKS, dtype=torch.bfloat16)
+
+def spread_map(config: Any, machine: Machine) -> dict[str, str]:
+    """A device map with whole layers on each GPU in turn, each with its share of the bytes by its memory."""
+    sizes = {"model.embed_tokens": 0, **{f"model.layers.{i}": 0 for i in range(config.num_hidden_layers)}}
+    sizes |= {"model.norm": 0, "lm_head": 0}
+    for name, shape in released_shapes(config).items():
+        module = ".".join(name.split(".")[:3]) if name.startswith("model.layers.") else name.removesuffix(".weight")
+        sizes[module] += math.prod(shape)
+    borders = list(accumulate(memory * sum(sizes.values()) / sum(machine.memory) for memory in machine.memory))
+    place, seen = {}, 0
+    for name, size in sizes.items():
+        middle = seen + size / 2
+        place[name] = f"cuda:{min(sum(border <= middle for border in borders), len(borders) - 1)}"
+        seen += size
+    return place
 
 
 def check_room(weights: int, machine: Machine, layers: int) -> None:
@@ -141,4 +151,4 @@ def check_room(weights: int, machine: Machine, layers: int) -> None:
         )
 
 
-__all__ = ["NAMES", "Source", "check_room", "find_source", "make_model"]
+__all__ = ["NAMES", "Source", "check_room", "find_source", "make_model", "spread_map"]

@@ -37,7 +37,7 @@ def draw(record: dict[str, Any], out: Path) -> None:
     if not rows:
         raise ValueError("nothing was measured, so there is nothing to draw")
     if not has_matplotlib():
-        raise ValueError("the plot needs matplotlib: pip install matplotlib")
+        raise ValueError("the plot needs matplotlib: pip install 'kimi-linear[bench]'")
     import matplotlib
 
     matplotlib.use("Agg")

@@ -119,6 +119,11 @@ def _passing_reason(model: Any) -> str | None:
     return None
 
 
+def reason_of_weights(model: Any) -> str | None:
+    """Why `model` would decode layer by layer on a GPU that has the kernels, or None; it may be on meta."""
+    return _lasting_reason(model)
+
+
 def _lasting_reason(model: Any) -> str | None:
     """What holds until something changes that `ModuleWatch` notices."""
     config = model.config
@@ -210,4 +215,4 @@ def step_mask(attention_mask: torch.Tensor | None, new_tokens: int) -> tuple[boo
     return bool(new), None if whole else mask
 
 
-__all__ = ["MAX_CHUNKED_TOKENS", "MAX_NEW_TOKENS", "DecodePath", "serves", "step_mask"]
+__all__ = ["MAX_CHUNKED_TOKENS", "MAX_NEW_TOKENS", "DecodePath", "reason_of_weights", "serves", "step_mask"]
