@@ -113,7 +113,7 @@ CASES = [  # K, V, dtype, packed
 def check(compiled, target, shared_limit, kernels):
     """All `kernels` were compiled, and each can be launched on `target`."""
     assert {name for name, _ in compiled} >= {kernel.__name__ for kernel in kernels}
-    for name, kernel in compiled:
+    for name, kernel in {kernel.hash: (name, kernel) for name, kernel in compiled}.values():
         registers, spilled = resources(kernel, target.backend)
         shared = kernel.metadata.shared
         print(f"{target.arch!s:7} {name:22} registers {registers:3} spilled {spilled:5} shared {shared:6}")
