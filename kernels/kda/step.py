@@ -25,11 +25,15 @@ the recording's sequences.
 
 import torch
 
-from ..gpu.arithmetic import kda_sigmoid
+from ..gpu.arithmetic import sigmoid
 from ..gpu.launching import launch_options, overlap_options
 from ..gpu.sizes import power_of_two
 from .configs import KdaStepConfig
 from .gate import kda_gate_log2
+
+# New tokens of a row over a cached state that are stepped through one after the other, in the layers and in captured
+# steps; the chunked form begins to win about here. A recording keeps a checkpoint as often.
+MAX_NEW_TOKENS = 16
 
 try:
     import triton
@@ -54,7 +58,7 @@ def kda_conv(p_x, p_window, p_weight, i_t, stride_xt, m_d, W: tl.constexpr):
     for i in tl.static_range(0, W):
         b_w = tl.load(p_weight + (W - 1 - i), mask=m_d, other=0.0).to(tl.float32)
         b_y += b_w * kda_tap(p_x, p_window, i_t - i, stride_xt, m_d, W)
-    return b_y * kda_sigmoid(b_y)
+    return b_y * sigmoid(b_y)
 
 
 @triton.jit
@@ -167,7 +171,7 @@ def kda_step_fwd_kernel(
     b_wk = kda_window_behind(p_k, p_wk, n_t, stride_kt, m_k, W, BW)
     b_wv = kda_window_behind(p_v, p_wv, n_t, stride_vt, m_v, W, BW)
     for i_t in range(0, n_t):
-        b_beta = kda_sigmoid(b_beta)
+        b_beta = sigmoid(b_beta)
         b_q *= tl.rsqrt(tl.sum(b_q * b_q, axis=0) + 1e-6) * scale
         b_k *= tl.rsqrt(tl.sum(b_k * b_k, axis=0) + 1e-6)
         b_qk = tl.sum(b_q * b_k, axis=0)
@@ -180,7 +184,7 @@ def kda_step_fwd_kernel(
         if i_t + 1 == n_t:  # on its way while the output is summed up
             tl.store(p_s, b_s, mask=m_k[:, None] & m_v[None, :])
         b_o *= tl.rsqrt(tl.sum(b_o * b_o, axis=0) / V + eps)
-        b_o *= b_norm * kda_sigmoid(b_gate)
+        b_o *= b_norm * sigmoid(b_gate)
         tl.store(o + i_t * (H * V) + o_v, b_o.to(o.dtype.element_ty), mask=m_v)
         if i_t + 1 < n_t:
             b_q, b_k, b_v, b_f, b_beta, b_gate = kda_token(

@@ -24,15 +24,13 @@ from typing import Any
 import torch
 
 from ...kernels.kda.dispatch import step_kda
+from ...kernels.kda.step import MAX_NEW_TOKENS
 from ..layers.sequence_layout import PaddingLayout
 
 # Tokens that fit into a recording (R).
 RECORDED_TOKENS = 128
 # Drafts of more tokens than fit make the recording grow; a call beyond this is taken for a prompt.
 LONGEST_DRAFT = 256
-# Tokens after a checkpoint before the next one is worth its copy; a rollback steps through no more than these and
-# those of the last call.
-_CHECKPOINT_SPACING = 16
 
 RawInputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v, f, beta
 
@@ -135,7 +133,7 @@ class KDARecording:
         if not self._checkpoints:
             self._take_checkpoint(window, state)
         since = self.length - self._checkpoints[-1].offset
-        if since > 0 and (is_full or self._was_cropped or since >= _CHECKPOINT_SPACING):
+        if since > 0 and (is_full or self._was_cropped or since >= MAX_NEW_TOKENS):
             self._take_checkpoint(window, state)
         self._was_cropped = False
         while self.length + new_tokens > self.capacity:

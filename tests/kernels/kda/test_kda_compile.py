@@ -38,6 +38,7 @@ from kimi_linear.kernels.kda.configs import (
     scan_config,
     step_config,
 )
+from kimi_linear.kernels.kda.index import Segment
 
 # Bytes (AMD: registers). Seen from the assembler giving up: 7,376, with 32 registers; otherwise at most 1,104 in the
 # forward, and 5,696 in the decode step with heads of 256.
@@ -65,13 +66,14 @@ def launch_backward(gpu, K, V, dtype, packed, B=1, T=128):
     tiles, borders = _workspace(q, V, B * NT, C)
     gradients = [torch.empty(B, T, H, n, dtype=tiles[0].dtype) for n in (K, K, V, K)] + [torch.empty(B, T, H)]
     sums = torch.empty(B * NT, H, 4), torch.empty(B * NT, H, K)
-    segment = (0, NT, 0, index, tiles)
+    where = {"segment": Segment(0, NT, index=index), "tiles": tiles, "borders": borders, "upcast": False}
     for given in (None, state):
-        backward_scan.kda_scan_bwd(v, do, gradients[2], borders, given, given, state, *segment, scan, False)
-    gates = (q, k, v, g, A_log, dt_bias)
+        states = {"state_in": given, "dstate_out": given, "dstate_in": state}
+        backward_scan.kda_scan_bwd(v, do, gradients[2], config=scan, **states, **where)
+    where["gradients"] = gradients
     pairs = pairs_config(gpu, V, name)
-    backward_pairs.kda_pairs_bwd(*gates, o, do, gradients, 0.1, *segment, borders, pairs, False)
-    backward_rest.kda_rest_bwd(q, k, g, A_log, dt_bias, do, gradients, sums, 0, *segment, borders, rest, False)
+    backward_pairs.kda_pairs_bwd(q, k, v, g, A_log, dt_bias, o, do, scale=0.1, config=pairs, **where)
+    backward_rest.kda_rest_bwd(q, k, g, A_log, dt_bias, do, sums=sums, first_sum=0, config=rest, **where)
 
 
 def launch_all(gpu, K, V, dtype, packed, B=1, T=128):
@@ -87,10 +89,11 @@ def launch_all(gpu, K, V, dtype, packed, B=1, T=128):
         index = (cu_seqlens, *kda_index.kda_index_fwd(cu_seqlens, T, intra.C))
     NT = -(-T // intra.C)
     tiles = kda_intra.intra_tiles(q, B * NT, intra.C)
-    kda_intra.kda_intra_fwd(q, k, g, beta, A_log, dt_bias, 0.1, 0, NT, 0, index, tiles, intra, False)
+    where = {"segment": Segment(0, NT, index=index), "tiles": tiles, "upcast": False}
+    kda_intra.kda_intra_fwd(q, k, g, beta, A_log, dt_bias, scale=0.1, config=intra, **where)
     inter = inter_config(gpu, K, V, name)
     for initial in (None, state):
-        kda_inter.kda_inter_fwd(v, torch.empty_like(v), initial, state, 0, NT, 0, index, tiles, inter, False)
+        kda_inter.kda_inter_fwd(v, torch.empty_like(v), state_in=initial, state_out=state, config=inter, **where)
     sizes = (H * K, H * K, H * V)
     xq, xk, xv = (torch.empty(B, T, n, dtype=dtype) for n in sizes)
     kda_step.kda_step_fwd(
@@ -157,7 +160,7 @@ def test_backward_compiles_for_desktops(monkeypatch):
 
 
 def test_hopper_products_overlap(monkeypatch):
-    """ptxas puts a wait behind every tensor-core instruction of a kernel that it can't see through, and says so."""
+    """ptxas puts a wait after every tensor-core instruction of a kernel that it can't see through, and says so."""
     with compiling(KERNELS + BACKWARD_KERNELS, TARGETS["sm_90"], monkeypatch) as compiled:
         launch_all("sm_90", 128, 128, torch.bfloat16, False)
         launch_backward("sm_90", 128, 128, torch.bfloat16, False)

@@ -1,7 +1,7 @@
 """The PyTorch decode step: against the float64 recurrence, and the same bits however calls are split.
 
 Bounds: fp32 as the other PyTorch kernels, 2e-5 of the largest value after some 20 tokens; bf16 inputs are rounded once
-behind the convolution and once at the end, 2^-8 each.
+after the convolution and once at the end, 2^-8 each.
 """
 
 import pytest
