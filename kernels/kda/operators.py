@@ -270,9 +270,9 @@ def kda_step(
         f: [B, T, H * K] raw gate logits.
         beta: [B, T, H] raw write-strength logits.
         gate: [B, T, H * V] logits of the output gate.
-        conv_weights: of q, k, v: [D, 1, W] or [D, W] each, tap W - 1 meets the current token.
-        windows: of q, k, v: [B, D, W - 1] each, oldest input first, dense in the last two dimensions (parts of one
-            tensor serve); updated in place.
+        conv_weights: of q, k, v: [channels, 1, W] or [channels, W] each, tap W - 1 meets the current token.
+        windows: of q, k, v: [B, channels, W - 1] each, oldest input first, dense in the last two dimensions (parts of
+            one tensor serve); updated in place.
         A_log, dt_bias: H and H * K elements.
         norm_weight, norm_eps: of the gated RMSNorm over V.
         state: [B, H, K, V] fp32, contiguous; updated in place.

@@ -34,7 +34,7 @@ class ShortConvolution(Noticing):
         lengths: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, T, D] and the last inputs [B, D, W-1] -> (y [B, T, D], the window after it)."""
+        """[B, T, channels] and the last inputs [B, channels, W-1] -> (y as the first, the window after it)."""
         return causal_short_conv(x, self.weight, window=window, lengths=lengths, cu_seqlens=cu_seqlens)
 
 
@@ -226,7 +226,7 @@ class KimiDeltaAttention(Noticing):
         padding: PaddingLayout | None,
         cu_seqlens: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(q, k, v) [B, T, H, D] after their convolutions, and the three windows in one [B, 3 H D, W-1]."""
+        """(q, k, v) [B, T, H, K] after their convolutions, and the three windows in one [B, 3 H K, W-1]."""
         lengths = None if padding is None else padding.lengths
         windows = (None, None, None) if window is None else window.chunk(3, dim=1)
         q, q_window = self.q_conv1d(self.q_proj(hidden_states), windows[0], lengths, cu_seqlens)
@@ -236,7 +236,7 @@ class KimiDeltaAttention(Noticing):
         return self._heads(q), self._heads(k), self._heads(v), window
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, T, H * D] -> [B, T, H, D]."""
+        """[B, T, H * K] -> [B, T, H, K]."""
         return x.unflatten(-1, (-1, self.head_dim))
 
 

@@ -111,12 +111,11 @@ def test_sampling_from_nothing_is_refused(model, stepping):
         def __call__(self, input_ids, scores):
             return scores if input_ids.shape[1] < 10 else torch.full_like(scores, self.bad)
 
-    for bad in (-torch.inf, torch.inf, torch.nan):
-        for eos_token_id in (None, 119):
-            processors = LogitsProcessorList([Spoils(bad)])
-            with pytest.raises(RuntimeError, match=r"nothing to sample from in rows \[0, 1\]"):
-                greedy(model, do_sample=True, eos_token_id=eos_token_id, logits_processor=processors)
-    assert len(stepping) < 6 * 3  # with an end token to look for, it stops there
+    for bad, eos_token_id in ((-torch.inf, None), (torch.inf, 119), (torch.nan, None), (-torch.inf, 119)):
+        processors = LogitsProcessorList([Spoils(bad)])
+        with pytest.raises(RuntimeError, match=r"nothing to sample from in rows \[0, 1\]"):
+            greedy(model, do_sample=True, eos_token_id=eos_token_id, logits_processor=processors)
+    assert len(stepping) < 4 * 3  # with an end token to look for, it stops there
     assert torch.equal(greedy(model), layer_by_layer(model, lambda: greedy(model)))
 
 
