@@ -35,9 +35,12 @@ from kimi_linear.kernels.kda.reference import recurrent_kda_reference
 
 # B, T, H, packed sequences (0: dense), goal in ms on an H200 (shared/anchors.md)
 CASES = [
-    (1, 8192, 32, 0, 2.0), (1, 32768, 32, 0, 7.5), (8, 1024, 32, 0, None), (1, 8192, 64, 0, None),
+    (1, 8192, 32, 0, 2.0),
+    (1, 32768, 32, 0, 7.5),
+    (8, 1024, 32, 0, None),
+    (1, 8192, 64, 0, None),
     (1, 8192, 32, 16, None),
-]  # fmt: skip
+]
 PARTS = ("cold", "errors", "stages", "times")
 # regime, B, T, H, dtype, packed sequences
 CHECKS = [
@@ -52,8 +55,13 @@ def ours(**x: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def fla(**x: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return fla_chunk_kda(**x, output_final_state=True, use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True,
-                         use_beta_sigmoid_in_kernel=True)  # fmt: skip
+    return fla_chunk_kda(
+        **x,
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=True,
+        use_gate_in_kernel=True,
+        use_beta_sigmoid_in_kernel=True,
+    )
 
 
 def gradients(op: Callable[..., Any], x: dict, do: torch.Tensor, dstate: torch.Tensor, state: torch.Tensor, **kw: Any):

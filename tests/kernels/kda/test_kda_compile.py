@@ -44,12 +44,16 @@ from kimi_linear.kernels.kda.index import Segment
 # forward, and 5,696 in the decode step with heads of 256.
 SPILL_LIMIT = {"kda_step_fwd_kernel": 6 << 10}
 KERNELS = [
-    kda_index.kda_index_fwd_kernel, kda_intra.kda_intra_fwd_kernel,
-    kda_inter.kda_inter_fwd_kernel, kda_step.kda_step_fwd_kernel,
-]  # fmt: skip
+    kda_index.kda_index_fwd_kernel,
+    kda_intra.kda_intra_fwd_kernel,
+    kda_inter.kda_inter_fwd_kernel,
+    kda_step.kda_step_fwd_kernel,
+]
 BACKWARD_KERNELS = [
-    backward_scan.kda_scan_bwd_kernel, backward_pairs.kda_pairs_bwd_kernel, backward_rest.kda_rest_bwd_kernel,
-]  # fmt: skip
+    backward_scan.kda_scan_bwd_kernel,
+    backward_pairs.kda_pairs_bwd_kernel,
+    backward_rest.kda_rest_bwd_kernel,
+]
 
 
 def launch_backward(gpu, K, V, dtype, packed, B=1, T=128):

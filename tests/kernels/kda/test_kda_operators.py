@@ -24,10 +24,14 @@ HERE = Path(__file__).parent
 
 def prompt(B=1, T=5, H=2, K=16, V=24, dtype=torch.float32):
     return {
-        "q": torch.randn(B, T, H, K, dtype=dtype), "k": torch.randn(B, T, H, K, dtype=dtype),
-        "v": torch.randn(B, T, H, V, dtype=dtype), "g": torch.randn(B, T, H, K, dtype=dtype),
-        "beta": torch.randn(B, T, H, dtype=dtype), "A_log": torch.zeros(H), "dt_bias": torch.zeros(H * K),
-    }  # fmt: skip
+        "q": torch.randn(B, T, H, K, dtype=dtype),
+        "k": torch.randn(B, T, H, K, dtype=dtype),
+        "v": torch.randn(B, T, H, V, dtype=dtype),
+        "g": torch.randn(B, T, H, K, dtype=dtype),
+        "beta": torch.randn(B, T, H, dtype=dtype),
+        "A_log": torch.zeros(H),
+        "dt_bias": torch.zeros(H * K),
+    }
 
 
 def step(B=2, T=1, H=2, K=16, V=24, W=4):

@@ -15,14 +15,17 @@ from kimi_linear.kernels.prompt import norms as prompt_norms
 from kimi_linear.kernels.prompt import short_convolution_kernel as prompt_short_convolution_kernel
 
 KERNELS = [
-    prompt_norms.rms_norm_fwd_kernel, prompt_norms.gated_rms_norm_fwd_kernel,
+    prompt_norms.rms_norm_fwd_kernel,
+    prompt_norms.gated_rms_norm_fwd_kernel,
     prompt_short_convolution_kernel.short_conv_fwd_kernel,
     prompt_short_convolution_kernel.short_conv_edges_fwd_kernel,
-    prompt_expert_rows.route_fwd_kernel, prompt_expert_rows.scatter_rows_fwd_kernel,
+    prompt_expert_rows.route_fwd_kernel,
+    prompt_expert_rows.scatter_rows_fwd_kernel,
     prompt_expert_rows.silu_mul_fwd_kernel,
-    prompt_expert_rows.combine_rows_fwd_kernel, prompt_mla_keys.mla_keys_fwd_kernel,
+    prompt_expert_rows.combine_rows_fwd_kernel,
+    prompt_mla_keys.mla_keys_fwd_kernel,
     prompt_merge_attention.merge_attention_fwd_kernel,
-]  # fmt: skip
+]
 
 
 def launch_all(dtype):
