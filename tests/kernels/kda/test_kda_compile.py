@@ -131,10 +131,25 @@ def check(compiled, target, shared_limit, kernels):
             assert not unset_uniform_registers(kernel), name
 
 
-@pytest.mark.parametrize(
-    ("gpu", "K", "V", "dtype", "packed"),
-    [(gpu, *case) for gpu in CLASSES for case in CASES] + [("sm_90", 128, 128, torch.bfloat16, True)],
-)
+def chosen_as_for_sm_90(gpu, K, V, dtype):
+    """Whether class `gpu` takes the choices of sm_90, whose limits sm_100 shares."""
+    name = str(dtype).removeprefix("torch.")
+    return all(
+        config(gpu, *sizes, name) == config("sm_90", *sizes, name)
+        for config, sizes in ((intra_config, (K,)), (inter_config, (K, V)))
+    )
+
+
+# Where sm_100 differs in nothing but the compiler's target, its usual dtype stands for the others: 10 to 20 s each.
+FORWARD = [
+    (gpu, *case)
+    for gpu in CLASSES
+    for case in CASES
+    if gpu != "sm_100" or case[2] == torch.bfloat16 or not chosen_as_for_sm_90(gpu, *case[:3])
+]
+
+
+@pytest.mark.parametrize(("gpu", "K", "V", "dtype", "packed"), [*FORWARD, ("sm_90", 128, 128, torch.bfloat16, True)])
 def test_compiles_and_fits(gpu, K, V, dtype, packed, monkeypatch):
     with compiling(KERNELS, TARGETS[gpu], monkeypatch) as compiled:
         launch_all(gpu, K, V, dtype, packed)
