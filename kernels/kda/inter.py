@@ -44,8 +44,8 @@ def kda_inter_fwd_kernel(
     """
     See the module docstring; o is contiguous [B, T, H, V], states contiguous [N, H, K, V]; without `has_state`
     `state_in` isn't read. With HAS_TABLE `state_in` holds the address of the states, which are read and written there,
-    but for those of empty sequences. The chunks are NT of each row from token `t_begin` on. If PACKED they are NT of all sequences
-    together, from chunk `t_begin` on: a sequence that began before goes on from `state_out`.
+    but for those of empty sequences. The chunks are NT of each row from token `t_begin` on. If PACKED they are NT of
+    all sequences together, from chunk `t_begin` on: a sequence that began before goes on from `state_out`.
     """
     # One dimension: the others of a grid end at 65,535.
     NV: tl.constexpr = (V + BV - 1) // BV

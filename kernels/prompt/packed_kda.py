@@ -22,7 +22,7 @@ except ImportError:
     from ..gpu.optional_triton import tl, triton
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def packed_conv_fwd_kernel(
     x, weight_q, weight_k, weight_v, table, rows, cu_seqlens, y, T, stride_x,
     D: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
@@ -37,9 +37,9 @@ def packed_conv_fwd_kernel(
         weight = weight_v
     o_d, o_w = tl.program_id(0) % NB * BD + tl.arange(0, BD), tl.arange(0, BW)
     m_d = o_d < D
-    b_taps = tl.load(
-        weight + o_d[:, None] * W + o_w[None, :], mask=m_d[:, None] & (o_w < W)[None, :], other=0.0
-    ).to(tl.float32)
+    b_taps = tl.load(weight + o_d[:, None] * W + o_w[None, :], mask=m_d[:, None] & (o_w < W)[None, :], other=0.0).to(
+        tl.float32
+    )
     o_c = i_part * D + o_d
     o_t = i_t * BT + tl.arange(0, BT)
     b_row = tl.load(rows + o_t, mask=o_t < T, other=-1)
@@ -83,7 +83,7 @@ def packed_window_fwd_kernel(
     tl.store(p_window + o_w[None, :], b_new + b_old, mask=m_s)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def packed_gated_norm_fwd_kernel(
     o, gate, weight, y, rows, T, stride_g, eps,
     H: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr,

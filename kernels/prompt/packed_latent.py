@@ -189,7 +189,16 @@ def packed_attend_fwd(
     )  # fmt: skip
     if splits > 1:
         packed_join_fwd_kernel[(T, H, triton.cdiv(R, 128))](
-            partial, partial_lse, rows, o, splits, H=H, R=R, BP=power_of_two(splits), BR=min(128, padded(R)), num_warps=4
+            partial,
+            partial_lse,
+            rows,
+            o,
+            splits,
+            H=H,
+            R=R,
+            BP=power_of_two(splits),
+            BR=min(128, padded(R)),
+            num_warps=4,
         )
 
 

@@ -1,10 +1,11 @@
-"""A captured prompt: one CUDA graph over the launches of a `PromptPlan`, which serves every prompt that fits into it.
+"""One packed prompt over the cache's own storage: captured as a CUDA graph, or launched from the host.
 
-As a captured decode step it reads and writes the cache's own storage by addresses in device memory. Lengths are data
-too, so a new length compiles and captures nothing; a larger one takes the next larger plan.
+A captured one serves every prompt that fits into it: lengths and addresses are data, as in a decode step, so a new
+length compiles and captures nothing. Graphs of several sizes share one pool of memory, because no two of them run at
+the same time. A prompt that is launched from the host is made for its length; it pays where the GPU has more to do than
+the host.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,42 +17,43 @@ from .packing import Packing
 from .plan import PromptPlan
 
 
-class PromptGraph:
-    """The layers over up to `tokens` packed tokens of up to `sequences` rows.
+class SharedPool:
+    """What the graphs of one model share: memory, and the end of the last run, for which the next one waits."""
 
-    On a GPU the launches are captured at construction; elsewhere (Triton's interpreter) they run one by one.
+    def __init__(self, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self.handle = torch.cuda.graph_pool_handle() if on_gpu else None
+        self.done = torch.cuda.Event() if on_gpu else None
+
+
+class PromptRun:
+    """The layers over packed tokens.
 
     Args:
-        model: a `KimiLinearForCausalLM` whose parameters are plain, of one dtype, on one device.
-        tokens: room for tokens, padding left out.
-        sequences: room for rows.
+        plan: with room for them.
+        pool: to capture the launches into, once for all runs; None to launch them from the host. Where there is no GPU
+            (Triton's interpreter) they are always launched from the host.
     """
 
-    def __init__(self, model: Any, tokens: int, sequences: int) -> None:
-        self.plan = PromptPlan(model, tokens, sequences)
-        self.device, self.dtype, self.config = self.plan.device, self.plan.dtype, model.config
+    def __init__(self, plan: PromptPlan, pool: SharedPool | None = None) -> None:
+        self.plan, self.device = plan, plan.device
+        self._pool = pool if plan.device.type == "cuda" else None
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._done: torch.cuda.Event | None = None
         self._streams: set[int] = set()
-        if self.device.type == "cuda":
+        if self._pool is not None:
             self._capture()
 
     def _capture(self) -> None:
-        """Record the launches. Without sequences they touch no cache."""
+        """Record the launches. Without rows they touch no cache."""
         with torch.cuda.device(self.device):
             run_in_threads(self.device, *self.plan.kinds_of_launches())
             self.plan.launch()
             torch.cuda.synchronize()
             self._graph = torch.cuda.CUDAGraph()
             stream = torch.cuda.Stream(self.device)  # PyTorch's own capture stream stays on the first GPU that had one
-            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            options = {"pool": self._pool.handle, "stream": stream, "capture_error_mode": "thread_local"}
+            with torch.cuda.graph(self._graph, **options):
                 self.plan.launch()
-            self._done = torch.cuda.Event()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the buffers that pass between launches."""
-        return sum(x.nbytes for x in self.plan.buffers())
 
     def __call__(
         self,
@@ -60,8 +62,9 @@ class PromptGraph:
         packing: Packing,
         mask: torch.Tensor | None,
         kept: slice | torch.Tensor,
+        first_row: int = 0,
     ) -> torch.Tensor:
-        """Hidden states [B, kept, hidden_size] after the last layer; `cache` has seen the tokens afterwards.
+        """Hidden states [B, kept, hidden_size] after the last layer. The cache holds the tokens afterwards, uncounted.
 
         The caller holds whatever keeps others from these buffers, and is in `cache.changing`.
 
@@ -71,48 +74,62 @@ class PromptGraph:
             packing: of these tokens.
             mask: bool [B, past + T], dense, on the device, False at padding; None if nothing is.
             kept: of the T positions, those whose hidden states are wanted; zeros where there is padding.
+            first_row: of these B rows in the cache.
         """
-        past, (batch, length) = cache.get_seq_length(), input_ids.shape
-        if self._done is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._done)  # of a run in another stream
-        self._hand_over(cache, input_ids, packing, mask)
-        places = packing.places(batch, length)[:, kept].to(self.device, torch.int64)
-        stream = None if self._done is None else self._stream_of_run()
+        pinned = self.device.type == "cuda"
+        if self._pool is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._pool.done)  # of a run in another stream
+        self._hand_over(cache, input_ids, packing, mask, first_row)
+        places = packing.places()[:, kept]
+        flat = places.clamp(min=0).flatten()
+        flat = (flat.pin_memory() if pinned else flat).to(self.device, non_blocking=True)
+        stream = None if self._pool is None else self._stream_of_run()
         try:
             for layer in cache.layers:
                 if isinstance(layer, KDACacheLayer):
                     layer.is_changing = True
-            if self._graph is None:
-                self.plan.launch()
-            else:
-                self._graph.replay()
-            hidden = self.plan.x.index_select(0, places.clamp(min=0).flatten()).view(*places.shape, -1)
+            self._launch()
+            hidden = self.plan.x.index_select(0, flat).view(*places.shape, -1)
         finally:
             if stream is not None:
-                self._done.record(stream)
-        self._commit(cache, past, length)
-        return hidden.masked_fill_((places < 0)[..., None], 0.0) if packing.has_padding else hidden
+                self._pool.done.record(stream)
+        padding = places < 0
+        return hidden.masked_fill_(padding.to(self.device)[..., None], 0.0) if bool(padding.any()) else hidden
+
+    def _launch(self) -> None:
+        if self._graph is not None:
+            self._graph.replay()
+        elif self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                self.plan.launch()
+        else:
+            self.plan.launch()
 
     def _hand_over(
-        self, cache: KimiLinearCache, input_ids: torch.Tensor, packing: Packing, mask: torch.Tensor | None
+        self,
+        cache: KimiLinearCache,
+        input_ids: torch.Tensor,
+        packing: Packing,
+        mask: torch.Tensor | None,
+        first_row: int,
     ) -> None:
         plan, pinned = self.plan, self.device.type == "cuda"
-        numbers = packing.numbers(plan.tokens, plan.sequences)
+        numbers = packing.numbers(plan.tokens, plan.sequences, plan.keys or 0)
         numbers = (numbers.pin_memory() if pinned else numbers).to(self.device, non_blocking=True)
         plan.numbers.copy_(numbers[: len(plan.numbers)])
         torch.index_select(input_ids.reshape(-1), 0, numbers[len(plan.numbers) :], out=plan.input_ids)
-        table = torch.tensor(self._entries(cache, mask), pin_memory=pinned)
+        table = torch.tensor(self._entries(cache, mask, first_row), pin_memory=pinned)
         plan.table.copy_(table.view_as(plan.table), non_blocking=True)
 
-    def _entries(self, cache: KimiLinearCache, mask: torch.Tensor | None) -> list[int]:
+    def _entries(self, cache: KimiLinearCache, mask: torch.Tensor | None, first_row: int) -> list[int]:
         """What the table is to hold, layer by layer."""
         masked = (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))
         entries: list[int] = []
         for layer in cache.layers:
             if isinstance(layer, KDACacheLayer):
-                entries += (layer.state.data_ptr(), layer.window.data_ptr(), 0, 0)
+                entries += (layer.state[first_row:].data_ptr(), layer.window[first_row:].data_ptr(), 0, 0)
             else:
-                entries += (layer.storage.data_ptr(), layer.storage.stride(0), *masked)
+                entries += (layer.storage[first_row:].data_ptr(), layer.storage.stride(0), *masked)
         return entries
 
     def _stream_of_run(self) -> torch.cuda.Stream:
@@ -123,11 +140,6 @@ class PromptGraph:
                 buffer.record_stream(stream)
             self._streams.add(stream.cuda_stream)
         return stream
-
-    def _commit(self, cache: KimiLinearCache, past: int, length: int) -> None:
-        for layer in cache.layers:
-            if layer.get_seq_length() == past:
-                layer.advance(length)
 
 
 def open_cache(cache: KimiLinearCache, inputs: StepInputs, model: Any, length: int, clear: slice | None) -> None:
@@ -160,4 +172,11 @@ def open_cache(cache: KimiLinearCache, inputs: StepInputs, model: Any, length: i
             layer.storage[:, clear] = 0
 
 
-__all__ = ["PromptGraph", "open_cache"]
+def commit(cache: KimiLinearCache, past: int, length: int) -> None:
+    """Let `cache` count `length` more positions than `past`. Called again after an interruption, it goes on."""
+    for layer in cache.layers:
+        if layer.get_seq_length() == past:
+            layer.advance(length)
+
+
+__all__ = ["PromptRun", "SharedPool", "commit", "open_cache"]
