@@ -5,8 +5,8 @@ MLA of a packed prompt in latent space (DeepSeek-V2's absorbed form, without RoP
     o_h  = softmax(scale q_h . rows)[:R]-average of rows      over the row's valid positions up to the token's own [R]
 
 T tokens of N sequences lie end to end, as prompt/packed_kda.py says; `rows` [T] int32 is the cache's row of a token, -1
-for padding, and `positions` [T] int32 its place in that row. `starts` [N] int32 is the first valid position of each row:
-what is before it costs nothing. `table` [4] int64: address of the latent rows, elements between the cache's rows,
+for padding, and `positions` [T] int32 its place in that row. `starts` [N] int32 is the first valid position of each
+row: what is before it costs nothing. `table` [4] int64: address of the latent rows, elements between the cache's rows,
 address of the mask or 0, bytes between its rows. The mask is bool, False at padding.
 
 A program of the attention takes BT tokens of one sequence and all heads, found by the table of blocks that

@@ -6,11 +6,11 @@ prompt that fits. Tokens after the last row are padding: they touch no cache and
 
 | layer | launches |
 |---|---|
-| KDA | norm + six projections; decay and output gate; convolutions; windows; two of the recurrence; gated norm; o_proj |
+| KDA | norm, six projections; decay and output gate; convolutions; windows; two of the recurrence; gated norm; o_proj |
 | MLA, in latent space | norm + two projections; new rows; queries to latent space; attention; to values; o_proj |
 | MLA, expanded | norm + two projections; new rows; rows gathered and expanded; attention; o_proj |
 | MoE, few tokens | norm + router; choice; grouping; experts up, down, sum |
-| MoE, many tokens | norm + router; choice; ends; scatter; two grouped products with the gate between them; sum; the shared MLP |
+| MoE, many tokens | norm + router; choice; ends; scatter; two grouped products, gate between them; sum; shared MLP |
 """
 
 from collections.abc import Callable
