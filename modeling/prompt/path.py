@@ -17,6 +17,7 @@ from ..input_checks import (
     check_positions,
     check_token_ids,
 )
+from ..placement import layer_spans
 from .packing import Packing
 from .plan import BLOCK_TOKENS, PromptPlan
 from .run import PromptRun, SharedPool, commit, open_cache
@@ -83,7 +84,7 @@ class PromptPath:
         if on_cpu is None or bool(on_cpu.all()):
             mask = on_cpu = None
         packing = Packing.of(batch, length, past, on_cpu)
-        inputs = StepInputs(model.config, batch, weight.dtype, weight.device)
+        inputs = StepInputs(model.config, batch, weight.dtype, layer_spans(model))
         captured = _takes_capture(packing, past + length)
         if packing.tokens == 0 or not (captured or _takes_plan(past + length, weight)):
             return None
@@ -200,7 +201,7 @@ def may_serve(
             return False
     if kwargs.get("cu_seq_lens_q") is not None or getattr(config, "is_causal", None) is False:
         return False
-    return model._decode.reason(model) is None
+    return model._decode.reason(model) is None and len(layer_spans(model)) == 1
 
 
 __all__ = ["SEQUENCES", "TOKENS", "PromptPath", "may_serve"]

@@ -40,6 +40,7 @@ from ...kernels.prompt.packed_kda import packed_conv_fwd, packed_gated_norm_fwd,
 from ...kernels.prompt.packed_latent import packed_attend_fwd, packed_row_fwd
 from ...kernels.prompt.packed_routing import packed_route_fwd
 from ..decode.plan import StepPlan
+from ..placement import layer_spans
 
 # Most tokens whose experts go through blocks of pairs (decode/grouped_experts.py); more take the library's products.
 BLOCK_TOKENS = 1024
@@ -71,7 +72,7 @@ class PromptPlan(StepPlan):
     def __init__(self, model: Any, tokens: int, sequences: int, keys: int | None = None, masked: bool = False) -> None:
         self.sequences, self.keys, self.masked = sequences, keys, masked
         self.p = None  # the step's buffer, see `_part`
-        super().__init__(model, 1, tokens)
+        super().__init__(model, 1, tokens, layer_spans(model)[0])
 
     @torch.inference_mode(False)  # what is made in inference mode can't be written outside of it
     def _allocate(self) -> None:
