@@ -45,8 +45,8 @@ class PromptRun:
 
     def _capture(self) -> None:
         """Record the launches. Without rows they touch no cache."""
+        compile_launches(self.plan)
         with torch.cuda.device(self.device):
-            run_in_threads(self.device, *self.plan.kinds_of_launches())
             self.plan.launch()
             torch.cuda.synchronize()
             self._graph = torch.cuda.CUDAGraph()
@@ -80,7 +80,7 @@ class PromptRun:
         if self._pool is not None:
             torch.cuda.current_stream(self.device).wait_event(self._pool.done)  # of a run in another stream
         self._hand_over(cache, input_ids, packing, mask, first_row)
-        places = packing.places()[:, kept]
+        places = packing.places()[:, kept.cpu() if isinstance(kept, torch.Tensor) else kept]
         flat = places.clamp(min=0).flatten()
         flat = (flat.pin_memory() if pinned else flat).to(self.device, non_blocking=True)
         stream = None if self._pool is None else self._stream_of_run()
@@ -142,6 +142,15 @@ class PromptRun:
         return stream
 
 
+def compile_launches(plan: PromptPlan) -> None:
+    """Compile all kernels of a plan that has no row yet, several at a time. Waits for the GPU, before and after."""
+    with torch.cuda.device(plan.device):
+        kinds = plan.kinds_of_launches()
+        torch.cuda.synchronize()  # threads launch in streams of their own
+        run_in_threads(plan.device, *kinds)
+        torch.cuda.synchronize()
+
+
 def open_cache(cache: KimiLinearCache, inputs: StepInputs, model: Any, length: int, clear: slice | None) -> None:
     """Make room in `cache` for `length` positions in all; an empty one gets zero states, as the first token finds them.
 
@@ -179,4 +188,4 @@ def commit(cache: KimiLinearCache, past: int, length: int) -> None:
             layer.advance(length)
 
 
-__all__ = ["PromptRun", "SharedPool", "commit", "open_cache"]
+__all__ = ["PromptRun", "SharedPool", "commit", "compile_launches", "open_cache"]
