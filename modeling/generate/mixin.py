@@ -8,9 +8,10 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 
+from ...kernels.kda.step import MAX_NEW_TOKENS
 from ..cache.kimi_linear_cache import KimiLinearCache
 from ..decode.loop import can_sample_with_steps, sample_with_steps
-from ..decode.path import MAX_CHUNKED_TOKENS, MAX_NEW_TOKENS, serves, step_mask
+from ..decode.path import MAX_CHUNKED_TOKENS, serves, step_mask
 from ..decode.step import MAX_STEP_TOKENS
 from ..input_checks import check_cache, check_mask, check_token_ids, expect_token_ids
 from ..plain_modules import hanging_on_root, own_method

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from ...kernels.kda.step import MAX_NEW_TOKENS
 from ..cache.kimi_linear_cache import KimiLinearCache
 from ..checkpoint.packed_modules import packed_formats
 from ..decode.inputs import StepInputs
-from ..decode.path import MAX_NEW_TOKENS
 from ..decode.step import MAX_STEP_TOKENS
 from ..input_checks import (
     check_cache,

@@ -10,6 +10,7 @@ from offline_compile import DESKTOP_SHARED, SHARED_LIMIT, TARGETS, compiling, re
 from kimi_linear.kernels.decode.configs import latent_config
 from kimi_linear.kernels.kda import inter as kda_inter
 from kimi_linear.kernels.kda.configs import inter_config
+from kimi_linear.kernels.kda.index import Segment
 from kimi_linear.kernels.prompt import packed_attention, packed_experts, packed_kda, packed_latent, packed_routing
 
 KERNELS = [
@@ -40,7 +41,10 @@ def launch_all(gpu):
     tiles = [half(4, H, 32, 128) for _ in range(3)] + [torch.empty(4, H, 128)] + [half(4, H, 32, 32) for _ in "AM"]
     v, config = half(1, T, 3 * H, 128)[:, :, :H], inter_config(gpu, 128, 128, "bfloat16")
     index = (ends, number(N), number(4))
-    kda_inter.kda_inter_fwd(v, o[None], table, None, 0, 4, 0, index, tuple(tiles), config, False)
+    kda_inter.kda_inter_fwd(
+        v, o[None], state_in=table, state_out=None, segment=Segment(0, 4, index=index), tiles=tuple(tiles),
+        config=config, upcast=False,
+    )  # fmt: skip
     p = half(T, 6720)
     packed_latent.packed_row_fwd(p[:, 6144:], half(R), 1e-6, table, rows, rows)
     for splits in (1, 4):
