@@ -45,6 +45,7 @@ from .layers.moe import KimiTopkRouter
 from .layers.norms import KimiRMSNorm
 from .layers.sequence_layout import PaddingLayout, cu_seqlens_of_restarts, position_ids_of_packed
 from .plain_modules import Noticing, reads_weights
+from .prompt.path import PromptPath
 from .prompt.segments import forward_in_segments, takes_segments
 from .transformers_versions import CACHE_NAME, as_argument, name_language_model, one_cache, warn_outside_range
 
@@ -275,7 +276,7 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiGenerationMixin):
         self.model = KimiLinearModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self._decode = DecodePath()
+        self._decode, self._prompts = DecodePath(), PromptPath()
         self.post_init()
 
     @can_return_tuple
@@ -307,9 +308,11 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiGenerationMixin):
         past_key_values = one_cache(past_key_values, cache, kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if labels is None and inputs_embeds is None:
-            logits = self._step_logits(input_ids, attention_mask, past_key_values, kwargs)
+            logits, held = self._planned_logits(
+                input_ids, attention_mask, position_ids, past_key_values, use_cache, kept, prompt_progress, kwargs
+            )
             if logits is not None:
-                return MoeCausalLMOutputWithPast(logits=logits[:, kept], **as_argument(past_key_values))
+                return MoeCausalLMOutputWithPast(logits=logits, **as_argument(held))
         with _taking_tokens(past_key_values):
             outputs = self.model(
                 input_ids=input_ids,

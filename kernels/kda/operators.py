@@ -23,6 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..gpu.availability import interpreted, is_available, serves
 from ..gpu.classes import gpu_of
 from ..gpu.compile_threads import compile_side_by_side
+from ..gpu.direct_calls import called_directly
 from ..gpu.launching import launching_on
 from ..gpu.operator_names import operator_namespace
 from .backward import differentiate, segment_count, segment_length
@@ -42,6 +43,7 @@ _CHECKED = WeakTensorKeyDictionary()
 MAX_HEAD_DIM = 256
 
 
+@called_directly
 @torch.library.custom_op(f"{_NAMESPACE}::chunk_kda_fwd", mutates_args=())
 def _chunk_kda_fwd(
     q: torch.Tensor,
@@ -201,6 +203,7 @@ def _check_device(x: torch.Tensor) -> None:
         raise ValueError(f"the Triton kernels need tensors on a GPU, got device {x.device}")
 
 
+@called_directly
 @torch.library.custom_op(f"{_NAMESPACE}::kda_step_fwd", mutates_args=("window_q", "window_k", "window_v", "state"))
 def _kda_step_fwd(
     q: torch.Tensor,

@@ -12,6 +12,7 @@ those of the modules in modeling/layers/moe.py.
 
 import torch
 
+from ..gpu.direct_calls import called_directly
 from ..gpu.launching import launches_beside_first_argument
 from ..gpu.operator_names import operator_namespace
 from ..gpu.sizes import padded, power_of_two
@@ -107,6 +108,7 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+@called_directly
 @torch.library.custom_op(f"{_NAMESPACE}::route_fwd", mutates_args=())
 @launches_beside_first_argument
 def route_fwd(
@@ -138,6 +140,7 @@ def _(logits, bias, top_k, renormalize, scaling, biased):
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
 
 
+@called_directly
 @torch.library.custom_op(f"{_NAMESPACE}::scatter_rows_fwd", mutates_args=())
 @launches_beside_first_argument
 def scatter_rows_fwd(x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
@@ -157,6 +160,7 @@ def _(x, position):
     return x.new_empty(x.shape[0] * position.shape[1], x.shape[1])
 
 
+@called_directly
 @torch.library.custom_op(f"{_NAMESPACE}::silu_mul_fwd", mutates_args=())
 @launches_beside_first_argument
 def silu_mul_fwd(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -178,6 +182,7 @@ def _(gate, up):
     return gate.new_empty(gate.shape)
 
 
+@called_directly
 @torch.library.custom_op(f"{_NAMESPACE}::combine_rows_fwd", mutates_args=())
 @launches_beside_first_argument
 def combine_rows_fwd(

@@ -11,6 +11,7 @@ strides, l_2 [B, H, T] is fp32. One of l_1 and l_2 must be finite.
 
 import torch
 
+from ..gpu.direct_calls import called_directly
 from ..gpu.launching import launches_beside_first_argument
 from ..gpu.operator_names import operator_namespace
 from ..gpu.sizes import padded
@@ -50,6 +51,7 @@ def merge_attention_fwd_kernel(
     tl.store(lse + p_l, b_max + tl.log(b_sum), mask=m_t)
 
 
+@called_directly
 @torch.library.custom_op(f"{_NAMESPACE}::merge_attention_fwd", mutates_args=("o", "lse"))
 @launches_beside_first_argument
 def merge_attention_fwd(o: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:

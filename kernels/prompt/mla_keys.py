@@ -9,6 +9,7 @@ other strides; key [B, T, H, K + S] is contiguous. Values are a view of `expande
 
 import torch
 
+from ..gpu.direct_calls import called_directly
 from ..gpu.launching import launches_beside_first_argument
 from ..gpu.operator_names import operator_namespace
 from ..gpu.sizes import padded, power_of_two
@@ -44,6 +45,7 @@ def mla_keys_fwd_kernel(
         tl.store(p_k + K + o_s[None, :], b_rows, mask=m_h & m_s[None, :])
 
 
+@called_directly
 @torch.library.custom_op(f"{_NAMESPACE}::mla_keys_fwd", mutates_args=())
 @launches_beside_first_argument
 def mla_keys_fwd(expanded: torch.Tensor, shared: torch.Tensor, nope: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ KimiRMSNormGated (modeling/layers/norms.py), which say where they come from. Row
 
 import torch
 
+from ..gpu.direct_calls import called_directly
 from ..gpu.launching import launches_beside_first_argument
 from ..gpu.operator_names import operator_namespace
 from ..gpu.sizes import padded
@@ -67,6 +68,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+@called_directly
 @torch.library.custom_op(f"{_NAMESPACE}::rms_norm_fwd", mutates_args=())
 @launches_beside_first_argument
 def rms_norm_fwd(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -87,6 +89,7 @@ def _(x, weight, eps):
     return x.new_empty(x.shape)
 
 
+@called_directly
 @torch.library.custom_op(f"{_NAMESPACE}::add_rms_norm_fwd", mutates_args=())
 @launches_beside_first_argument
 def add_rms_norm_fwd(
@@ -109,6 +112,7 @@ def _(x, residual, weight, eps):
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
+@called_directly
 @torch.library.custom_op(f"{_NAMESPACE}::gated_rms_norm_fwd", mutates_args=())
 @launches_beside_first_argument
 def gated_rms_norm_fwd(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

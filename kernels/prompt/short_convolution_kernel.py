@@ -10,6 +10,7 @@ two of `cu_seqlens` [N + 1]. The new window holds each sequence's last W - 1 inp
 
 import torch
 
+from ..gpu.direct_calls import called_directly
 from ..gpu.launching import launches_beside_first_argument
 from ..gpu.operator_names import operator_namespace
 from ..gpu.sizes import power_of_two
@@ -109,6 +110,7 @@ def short_conv_edges_fwd_kernel(
         tl.store(new_window + o_d * (W - 1) + i, b_x, mask=m_d)
 
 
+@called_directly
 @torch.library.custom_op(f"{_NAMESPACE}::short_conv_fwd", mutates_args=())
 @launches_beside_first_argument
 def short_conv_fwd(
