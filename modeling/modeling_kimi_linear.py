@@ -47,6 +47,7 @@ from .layers.norms import KimiRMSNorm
 from .layers.sequence_layout import PaddingLayout, cu_seqlens_of_restarts, position_ids_of_packed
 from .plain_modules import Noticing, reads_weights
 from .prompt.carrying import Carrying
+from .prompt.path import PromptPath
 from .prompt.segments import forward_in_segments, takes_segments
 from .transformers_versions import CACHE_NAME, as_argument, name_language_model, one_cache, warn_outside_range
 
@@ -374,7 +375,7 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiGenerationMixin):
         self.model = KimiLinearModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self._decode = DecodePath()
+        self._decode, self._prompts = DecodePath(), PromptPath()
         self.post_init()
 
     @can_return_tuple
@@ -409,6 +410,11 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiGenerationMixin):
             logits = self._step_logits(input_ids, attention_mask, past_key_values, kwargs)
             if logits is not None:
                 return MoeCausalLMOutputWithPast(logits=logits[:, kept], **as_argument(past_key_values))
+            logits, held = self._prompt_logits(
+                input_ids, attention_mask, position_ids, past_key_values, use_cache, kept, kwargs
+            )
+            if logits is not None:
+                return MoeCausalLMOutputWithPast(logits=logits, **as_argument(held))
         with _taking_tokens(past_key_values):
             outputs = self.model(
                 input_ids=input_ids,

@@ -39,18 +39,24 @@ def kda_inter_fwd_kernel(
     ALIGN: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    PACKED: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
+    PACKED: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr, HAS_TABLE: tl.constexpr,
 ):  # fmt: skip
     """
     See the module docstring; o is contiguous [B, T, H, V], states contiguous [N, H, K, V]; without `has_state`
-    `state_in` isn't read. The chunks are NT of each row from token `t_begin` on. If PACKED they are NT of all sequences
-    together, from chunk `t_begin` on: a sequence that began before goes on from `state_out`.
+    `state_in` isn't read. With HAS_TABLE `state_in` holds the address of the states, which are read and written there,
+    but for those of empty sequences. The chunks are NT of each row from token `t_begin` on. If PACKED they are NT of
+    all sequences together, from chunk `t_begin` on: a sequence that began before goes on from `state_out`.
     """
     # One dimension: the others of a grid end at 65,535.
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v, i_nh = tl.program_id(0) % NV, tl.program_id(0) // NV
     i_n, i_h = i_nh // H, i_nh % H
     goes_on = i_n * 0
+    if HAS_TABLE:
+        if tl.load(cu_seqlens + i_n + 1) <= tl.load(cu_seqlens + i_n):
+            return
+        state_in = tl.multiple_of(tl.load(state_in).to(tl.pointer_type(tl.float32)), 16)
+        state_out = state_in
     if PACKED:
         bos, eos = tl.load(cu_seqlens + i_n).to(tl.int64), tl.load(cu_seqlens + i_n + 1).to(tl.int64)
         i_first = tl.load(chunk_offsets + i_n) - t_begin
@@ -124,7 +130,7 @@ def kda_inter_fwd(
     v: torch.Tensor,
     o: torch.Tensor,
     state_in: torch.Tensor | None,
-    state_out: torch.Tensor,
+    state_out: torch.Tensor | None,
     t_begin: int,
     NT: int,
     first: int,
@@ -139,20 +145,25 @@ def kda_inter_fwd(
     may be `state_out` without `index`. With it, segments come in order, each with the same `state_in`.
 
     v [B, T, H, V] by strides, o [B, T, H, V] contiguous, states [N, H, K, V] contiguous fp32. compile_only: launch
-    nothing (see `launch`).
+    nothing (see `launch`). Without `state_out`, `state_in` is a table in device memory, int64, that begins with the
+    address of the states of packed sequences with K = V; they are updated in place, those of empty sequences stay.
     """
-    (xq, xk, xg, decay, A, M), (N, H, K, V) = tiles[:6], state_out.shape
+    xq, xk, xg, decay, A, M = tiles[:6]
     cu_seqlens, chunk_offsets, _ = index or (None, None, None)
+    if state_out is None:
+        N, H, K, V = cu_seqlens.shape[0] - 1, *o.shape[2:], o.shape[3]
+    else:
+        N, H, K, V = state_out.shape
     launch(
         kda_inter_fwd_kernel, (triton.cdiv(V, config.BV) * N * H,), compile_only,
         xq, xk, xg, decay, A, M, v, o,
-        state_out if state_in is None else state_in, state_out,
+        state_out if state_in is None else state_in, state_in if state_out is None else state_out,
         cu_seqlens, chunk_offsets,
         int(state_in is not None), v.shape[1], NT, t_begin, first,
         *v.stride(),
         ALIGN=alignment(v), H=H, K=K, V=V,
         BK=xq.shape[-1], BV=config.BV, C=A.shape[-1],
         DTYPE=tl.bfloat16 if xq.dtype == torch.bfloat16 else tl.float32, PRECISION=config.precision,
-        PACKED=index is not None, UPCAST=upcast, STAGES=config.num_stages,
+        PACKED=index is not None, UPCAST=upcast, STAGES=config.num_stages, HAS_TABLE=state_out is None,
         **launch_options(config),
     )  # fmt: skip

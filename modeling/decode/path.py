@@ -77,6 +77,11 @@ class DecodePath:
             self._look_is_due = False
             return self._reason
 
+    @property
+    def made_from(self) -> tuple[Any, ...] | None:
+        """What the model was made of at the last whole look: another object once that has changed."""
+        return self._made_from
+
     def step(self, model: Any, batch: int, tokens: int) -> DecodeStep | RowParts | None:
         """The step for `tokens` new tokens of `batch` sequences, captured if need be, or None (see `reason`)."""
         if tokens > MAX_NEW_TOKENS or self.reason(model) is not None:

@@ -13,6 +13,7 @@ from ..decode.path import MAX_CHUNKED_TOKENS, MAX_NEW_TOKENS, serves, step_mask
 from ..decode.step import MAX_STEP_TOKENS
 from ..input_checks import check_cache, check_mask, check_token_ids, expect_token_ids
 from ..plain_modules import hanging_on_root, own_method
+from ..prompt.path import may_serve
 from ..transformers_versions import CACHE_NAME, as_argument, one_cache
 from .cache_setup import bound_unbounded_layers, expect_text
 from .refusals import check_cache_implementation, continuous_batching_error
@@ -182,6 +183,27 @@ class KimiGenerationMixin(GenerationMixin):
             past_key_values.prepare_recording(length)
             steps = [self._decode.step(self, *part.shape) for part in parts]
             return torch.cat([step(past_key_values, part, mask) for step, part in zip(steps, parts)], dim=1)
+
+    def _prompt_logits(
+        self,
+        input_ids: Any,
+        attention_mask: Any,
+        position_ids: Any,
+        past_key_values: Any,
+        use_cache: bool | None,
+        kept: slice | torch.Tensor,
+        kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor | None, KimiLinearCache | None]:
+        """Logits [B, kept, vocab_size] of a prompt by a captured plan, and the cache to return; or None and None."""
+        if not may_serve(self, past_key_values, input_ids, attention_mask, position_ids, kwargs):
+            return None, None
+        keeps_cache = self.config.use_cache if use_cache is None else use_cache
+        cache = KimiLinearCache(self.config) if past_key_values is None else past_key_values
+        hidden_states = self._prompts.hidden_states(self, cache, input_ids, attention_mask, position_ids, kept)
+        if hidden_states is None:
+            return None, None
+        logits = self.lm_head(self.model.norm(hidden_states))
+        return logits, cache if keeps_cache or past_key_values is not None else None
 
     def _sample(
         self,

@@ -1,0 +1,119 @@
+"""How the tokens of a batch lie in a packed prompt: end to end, padding left out."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the tokens of [B, T] inputs over a cache of `past` positions go, all on the CPU.
+
+    Attributes:
+        source: [n] int32, place of each packed token in the flattened input.
+        rows: [n] int32, its row.
+        positions: [n] int32, its position in the cache.
+        cu_seqlens: [B + 1] int32, where each row's tokens begin and end.
+        starts: [B] int32, the first valid position of each row, cached ones included.
+        ends: [B] int32, the position after each row's last valid one; `starts` where it has no new token.
+        has_holes: whether a row has padding between these.
+        shape: (B, T).
+    """
+
+    source: torch.Tensor
+    rows: torch.Tensor
+    positions: torch.Tensor
+    cu_seqlens: torch.Tensor
+    starts: torch.Tensor
+    ends: torch.Tensor
+    has_holes: bool
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, batch: int, length: int, past: int, mask: torch.Tensor | None) -> "Packing":
+        """Packing of `length` new tokens of each row; `mask` is bool [batch, past + length] on the CPU, or None."""
+        if mask is None:
+            source = torch.arange(batch * length, dtype=torch.int32)
+            counts, starts = torch.full((batch,), length), torch.zeros(batch, dtype=torch.int32)
+            ends, has_holes = starts + (past + length), False
+        else:
+            new = mask[:, past:]
+            source = new.flatten().nonzero().flatten().to(torch.int32)
+            counts, starts = new.sum(dim=1), mask.to(torch.int8).argmax(dim=1).to(torch.int32)
+            ends = (mask.shape[1] - mask.flip(1).to(torch.int8).argmax(dim=1)).to(torch.int32)
+            ends = torch.where(counts > 0, ends, starts)
+            has_holes = bool((mask.sum(dim=1) != ends - starts)[counts > 0].any())
+        rows = source // length
+        cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32)
+        cu_seqlens[1:] = counts.cumsum(0)
+        positions = source - rows * length + past
+        return cls(source, rows, positions, cu_seqlens, starts, ends, has_holes, (batch, length))
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return len(self.source)
+
+    @property
+    def keys(self) -> int:
+        """Positions that they see, of all rows together."""
+        return int((self.ends - self.starts).sum())
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether any new position is padding."""
+        return self.tokens < self.shape[0] * self.shape[1]
+
+    def of_rows(self, begin: int, end: int) -> "Packing":
+        """The packing of rows begin .. end alone."""
+        first, last = (int(self.cu_seqlens[i]) for i in (begin, end))
+        return Packing(
+            source=self.source[first:last] - begin * self.shape[1],
+            rows=self.rows[first:last] - begin,
+            positions=self.positions[first:last],
+            cu_seqlens=self.cu_seqlens[begin : end + 1] - first,
+            starts=self.starts[begin:end],
+            ends=self.ends[begin:end],
+            has_holes=self.has_holes,
+            shape=(end - begin, self.shape[1]),
+        )
+
+    def row_parts(self, tokens: int, keys: int) -> list[tuple[int, int]]:
+        """(begin, end) of successive parts of the rows with at most so many tokens and keys each, or of one row."""
+        parts, begin, held = [], 0, (0, 0)
+        for row in range(self.shape[0]):
+            own = int(self.cu_seqlens[row + 1] - self.cu_seqlens[row]), int(self.ends[row] - self.starts[row])
+            held = held[0] + own[0], held[1] + own[1]
+            if row > begin and (held[0] > tokens or held[1] > keys):
+                parts.append((begin, row))
+                begin, held = row, own
+        return [*parts, (begin, self.shape[0])]
+
+    def numbers(self, tokens: int, sequences: int, keys: int) -> torch.Tensor:
+        """`PromptPlan.numbers` of a plan with room for so much, and `source` after them."""
+        n, batch = self.tokens, self.shape[0]
+        sizes = [tokens, tokens, sequences + 1, sequences, sequences + 1, keys, keys, tokens]
+        numbers = torch.zeros(sum(sizes), dtype=torch.int32)
+        rows, positions, cu_seqlens, starts, key_offsets, key_rows, key_positions, source = numbers.split(sizes)
+        rows[:n], positions[:n], source[:n] = self.rows, self.positions, self.source
+        rows[n:] = -1
+        cu_seqlens[: batch + 1], cu_seqlens[batch + 1 :] = self.cu_seqlens, n
+        starts[:batch] = self.starts
+        if keys:
+            counts = self.ends - self.starts
+            key_offsets[1 : batch + 1] = counts.cumsum(0)
+            key_offsets[batch + 1 :] = key_offsets[batch]
+            seen = torch.arange(batch, dtype=torch.int32).repeat_interleave(counts)
+            key_rows[: len(seen)] = seen
+            within = torch.arange(len(seen), dtype=torch.int32) - key_offsets[seen]
+            key_positions[: len(seen)] = within + self.starts[seen]
+        return numbers
+
+    def places(self) -> torch.Tensor:
+        """[B, T] int64: where each token went, -1 for padding."""
+        places = torch.full((self.shape[0] * self.shape[1],), -1)
+        places[self.source] = torch.arange(self.tokens)
+        return places.view(self.shape)
+
+
+__all__ = ["Packing"]

@@ -1,0 +1,207 @@
+"""Which prompts go through a packed plan, and in which way: the neighbour of decode/path.py."""
+
+import threading
+from functools import partial
+from typing import Any
+
+import torch
+
+from ...kernels.gpu.compile_threads import run_in_threads
+from ..cache.kimi_linear_cache import KimiLinearCache
+from ..decode.inputs import StepInputs
+from ..input_checks import (
+    check_cache,
+    check_cache_dtype,
+    check_mask,
+    check_mask_values,
+    check_positions,
+    check_token_ids,
+)
+from ..placement import layer_spans
+from .packing import Packing
+from .plan import BLOCK_TOKENS, PromptPlan
+from .run import PromptRun, SharedPool, commit, open_cache
+
+# Room for tokens of the captured plans: between two of them the padding costs less than the weights that both read.
+TOKENS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
+# Room for rows of the captured plans.
+SEQUENCES = (1, 8, 64)
+# Pairs of new tokens and positions of a row up to which attention in latent space beats expanding the cache.
+MOST_SCORES = 1 << 23
+# Tokens of a plan that is launched from the host, and positions that they see: 2 GiB while they go through a layer.
+# More rows than that take several plans, one after the other.
+PART_TOKENS, PART_KEYS = 16384, 65536
+# Positions of a row up to which packed attention serves; longer ones are bound by the GPU, and go layer by layer, where
+# attention is cuDNN's.
+MOST_POSITIONS = 8192
+
+
+class PromptPath:
+    """The packed prompts of one model. Copies and pickles of it are empty."""
+
+    def __init__(self) -> None:
+        self._runs: dict[tuple[int, int], PromptRun] = {}
+        self._pool: SharedPool | None = None
+        self._compiled: set[bool] = set()
+        self._made_from: Any = None
+        self._lock = threading.RLock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PromptPath":
+        return PromptPath()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return PromptPath, ()
+
+    def clear(self) -> None:
+        """Free graphs and buffers."""
+        with self._lock:
+            self._runs.clear()
+            self._pool = None
+
+    def hidden_states(
+        self,
+        model: Any,
+        cache: KimiLinearCache,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        kept: slice | torch.Tensor,
+    ) -> torch.Tensor | None:
+        """Hidden states [B, kept, hidden_size] after the last layer, or None where the layers are to run one by one.
+
+        The caller has asked `may_serve`. Errors are those of `KimiLinearModel.forward`.
+        """
+        batch, length = input_ids.shape
+        past, weight = cache.get_seq_length(), model.lm_head.weight
+        check_token_ids(input_ids, model.config.vocab_size)
+        check_positions(position_ids, batch, length)
+        check_cache(cache, model.config, batch)
+        check_cache_dtype(cache, weight)
+        check_mask(attention_mask, batch, length, past)
+        check_mask_values(attention_mask)
+        mask = None if attention_mask is None else attention_mask.bool()
+        on_cpu = None if mask is None else mask.cpu()
+        if on_cpu is None or bool(on_cpu.all()):
+            mask = on_cpu = None
+        packing = Packing.of(batch, length, past, on_cpu)
+        inputs = StepInputs(model.config, batch, weight.dtype, layer_spans(model))
+        captured = _takes_capture(packing, past + length)
+        if packing.tokens == 0 or not (captured or _takes_plan(past + length, weight)):
+            return None
+        if past > 0 and inputs.misfit(cache) is not None:
+            return None
+        clear = slice(past, past + length) if packing.has_padding else None
+        mask, input_ids = None if mask is None else mask.to(weight.device).contiguous(), input_ids.to(weight.device)
+        with self._lock, cache.changing("a packed prompt", partial(cache.undo, past)):
+            open_cache(cache, inputs, model, past + length, clear)
+            run = self._captured if captured else self._launched
+            hidden = run(model, cache, input_ids, packing, mask, kept)
+            commit(cache, past, length)
+        return hidden
+
+    def _captured(
+        self,
+        model: Any,
+        cache: KimiLinearCache,
+        input_ids: torch.Tensor,
+        packing: Packing,
+        mask: torch.Tensor | None,
+        kept: slice | torch.Tensor,
+    ) -> torch.Tensor:
+        """By the graph with room for it, captured if need be."""
+        if model._decode.made_from is not self._made_from:
+            self.clear()
+            self._made_from = model._decode.made_from
+        if self._pool is None:
+            self._pool = SharedPool(input_ids.device)
+        key = _room(TOKENS, packing.tokens), _room(SEQUENCES, packing.shape[0])
+        run = self._runs.get(key)
+        if run is None:
+            run = self._runs[key] = PromptRun(PromptPlan(model, *key), self._pool)
+        return run(cache, input_ids, packing, mask, kept)
+
+    def _launched(
+        self,
+        model: Any,
+        cache: KimiLinearCache,
+        input_ids: torch.Tensor,
+        packing: Packing,
+        mask: torch.Tensor | None,
+        kept: slice | torch.Tensor,
+    ) -> torch.Tensor:
+        """From the host, as many rows at a time as `PART_TOKENS` and `PART_KEYS` allow."""
+        if packing.has_holes not in self._compiled and input_ids.device.type == "cuda":
+            nothing = PromptPlan(model, 2 * BLOCK_TOKENS, 1, 64, packing.has_holes)
+            with torch.cuda.device(input_ids.device):
+                run_in_threads(input_ids.device, *nothing.kinds_of_launches())
+            self._compiled.add(packing.has_holes)
+        hidden = []
+        for begin, end in packing.row_parts(PART_TOKENS, PART_KEYS):
+            part = packing.of_rows(begin, end)
+            if part.tokens == 0:
+                places = part.places()[:, kept]
+                hidden.append(model.lm_head.weight.new_zeros(*places.shape, model.config.hidden_size))
+                continue
+            room = (-(-n // 64) * 64 for n in (part.tokens, part.keys))
+            tokens, keys = room
+            run = PromptRun(PromptPlan(model, tokens, end - begin, keys, packing.has_holes))
+            rows = slice(begin, end)
+            hidden.append(run(cache, input_ids[rows], part, None if mask is None else mask[rows], kept, begin))
+        return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+
+
+def _room(sizes: tuple[int, ...], needed: int) -> int:
+    return next(size for size in sizes if size >= needed)
+
+
+def _takes_capture(packing: Packing, length: int) -> bool:
+    """Whether a captured plan is for these tokens, of rows of `length` positions."""
+    small = packing.tokens <= TOKENS[-1] and packing.shape[0] <= SEQUENCES[-1]
+    return small and packing.tokens * length <= MOST_SCORES * packing.shape[0]
+
+
+def _takes_plan(length: int, weight: torch.Tensor) -> bool:
+    """Whether a plan that is launched from the host serves rows of `length` positions in the dtype of `weight`."""
+    by_library = weight.dtype == torch.bfloat16 or weight.device.type != "cuda"  # what grouped products take
+    return length <= MOST_POSITIONS and by_library
+
+
+def may_serve(
+    model: Any,
+    cache: Any,
+    input_ids: torch.Tensor | None,
+    attention_mask: Any,
+    position_ids: Any,
+    kwargs: dict[str, Any],
+) -> bool:
+    """Whether a forward call with these arguments is a prompt that packed plans may answer, by its form.
+
+    Args:
+        model: a `KimiLinearForCausalLM`.
+        cache: the one to continue from, or None for a new one.
+        input_ids: [B, T].
+        attention_mask: [B, cached + T] or None.
+        position_ids: [B, T]; where they may mark packed sequences, the layers look at them.
+        kwargs: the other arguments of the forward.
+    """
+    config = model.config
+    if not (cache is None or (isinstance(cache, KimiLinearCache) and not cache.is_recording)):
+        return False
+    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.numel() == 0:
+        return False
+    if torch.is_grad_enabled() or input_ids.shape[1] > MOST_POSITIONS:
+        return False
+    if attention_mask is None and position_ids is not None and cache is None:
+        return False
+    if attention_mask is not None and (not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2):
+        return False
+    for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
+        asked = kwargs.get(name)
+        if asked or (asked is None and getattr(config, name, False)):
+            return False
+    if kwargs.get("cu_seq_lens_q") is not None or getattr(config, "is_causal", None) is False:
+        return False
+    return model._decode.reason(model) is None and len(layer_spans(model)) == 1
+
+
+__all__ = ["SEQUENCES", "TOKENS", "PromptPath", "may_serve"]

@@ -1,0 +1,182 @@
+"""One packed prompt over the cache's own storage: captured as a CUDA graph, or launched from the host.
+
+A captured one serves every prompt that fits into it: lengths and addresses are data, as in a decode step, so a new
+length compiles and captures nothing. Graphs of several sizes share one pool of memory, because no two of them run at
+the same time. A prompt that is launched from the host is made for its length; it pays where the GPU has more to do than
+the host.
+"""
+
+from typing import Any
+
+import torch
+
+from ...kernels.gpu.compile_threads import run_in_threads
+from ..cache.kimi_linear_cache import KDACacheLayer, KimiLinearCache
+from ..decode.inputs import StepInputs
+from .packing import Packing
+from .plan import PromptPlan
+
+
+class SharedPool:
+    """What the graphs of one model share: memory, and the end of the last run, for which the next one waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self.handle = torch.cuda.graph_pool_handle() if on_gpu else None
+        self.done = torch.cuda.Event() if on_gpu else None
+
+
+class PromptRun:
+    """The layers over packed tokens.
+
+    Args:
+        plan: with room for them.
+        pool: to capture the launches into, once for all runs; None to launch them from the host. Where there is no GPU
+            (Triton's interpreter) they are always launched from the host.
+    """
+
+    def __init__(self, plan: PromptPlan, pool: SharedPool | None = None) -> None:
+        self.plan, self.device = plan, plan.device
+        self._pool = pool if plan.device.type == "cuda" else None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._streams: set[int] = set()
+        if self._pool is not None:
+            self._capture()
+
+    def _capture(self) -> None:
+        """Record the launches. Without rows they touch no cache."""
+        with torch.cuda.device(self.device):
+            run_in_threads(self.device, *self.plan.kinds_of_launches())
+            self.plan.launch()
+            torch.cuda.synchronize()
+            self._graph = torch.cuda.CUDAGraph()
+            stream = torch.cuda.Stream(self.device)  # PyTorch's own capture stream stays on the first GPU that had one
+            options = {"pool": self._pool.handle, "stream": stream, "capture_error_mode": "thread_local"}
+            with torch.cuda.graph(self._graph, **options):
+                self.plan.launch()
+
+    def __call__(
+        self,
+        cache: KimiLinearCache,
+        input_ids: torch.Tensor,
+        packing: Packing,
+        mask: torch.Tensor | None,
+        kept: slice | torch.Tensor,
+        first_row: int = 0,
+    ) -> torch.Tensor:
+        """Hidden states [B, kept, hidden_size] after the last layer. The cache holds the tokens afterwards, uncounted.
+
+        The caller holds whatever keeps others from these buffers, and is in `cache.changing`.
+
+        Args:
+            cache: with room for the tokens (`open_cache`).
+            input_ids: [B, T] on the plan's device.
+            packing: of these tokens.
+            mask: bool [B, past + T], dense, on the device, False at padding; None if nothing is.
+            kept: of the T positions, those whose hidden states are wanted; zeros where there is padding.
+            first_row: of these B rows in the cache.
+        """
+        pinned = self.device.type == "cuda"
+        if self._pool is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._pool.done)  # of a run in another stream
+        self._hand_over(cache, input_ids, packing, mask, first_row)
+        places = packing.places()[:, kept]
+        flat = places.clamp(min=0).flatten()
+        flat = (flat.pin_memory() if pinned else flat).to(self.device, non_blocking=True)
+        stream = None if self._pool is None else self._stream_of_run()
+        try:
+            for layer in cache.layers:
+                if isinstance(layer, KDACacheLayer):
+                    layer.is_changing = True
+            self._launch()
+            hidden = self.plan.x.index_select(0, flat).view(*places.shape, -1)
+        finally:
+            if stream is not None:
+                self._pool.done.record(stream)
+        padding = places < 0
+        return hidden.masked_fill_(padding.to(self.device)[..., None], 0.0) if bool(padding.any()) else hidden
+
+    def _launch(self) -> None:
+        if self._graph is not None:
+            self._graph.replay()
+        elif self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                self.plan.launch()
+        else:
+            self.plan.launch()
+
+    def _hand_over(
+        self,
+        cache: KimiLinearCache,
+        input_ids: torch.Tensor,
+        packing: Packing,
+        mask: torch.Tensor | None,
+        first_row: int,
+    ) -> None:
+        plan, pinned = self.plan, self.device.type == "cuda"
+        numbers = packing.numbers(plan.tokens, plan.sequences, plan.keys or 0)
+        numbers = (numbers.pin_memory() if pinned else numbers).to(self.device, non_blocking=True)
+        plan.numbers.copy_(numbers[: len(plan.numbers)])
+        torch.index_select(input_ids.reshape(-1), 0, numbers[len(plan.numbers) :], out=plan.input_ids)
+        table = torch.tensor(self._entries(cache, mask, first_row), pin_memory=pinned)
+        plan.table.copy_(table.view_as(plan.table), non_blocking=True)
+
+    def _entries(self, cache: KimiLinearCache, mask: torch.Tensor | None, first_row: int) -> list[int]:
+        """What the table is to hold, layer by layer."""
+        masked = (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))
+        entries: list[int] = []
+        for layer in cache.layers:
+            if isinstance(layer, KDACacheLayer):
+                entries += (layer.state[first_row:].data_ptr(), layer.window[first_row:].data_ptr(), 0, 0)
+            else:
+                entries += (layer.storage[first_row:].data_ptr(), layer.storage.stride(0), *masked)
+        return entries
+
+    def _stream_of_run(self) -> torch.cuda.Stream:
+        """The current stream, in which the buffers are in use from now on: a plan may be dropped while it runs."""
+        stream = torch.cuda.current_stream(self.device)
+        if stream.cuda_stream not in self._streams:
+            for buffer in self.plan.buffers():
+                buffer.record_stream(stream)
+            self._streams.add(stream.cuda_stream)
+        return stream
+
+
+def open_cache(cache: KimiLinearCache, inputs: StepInputs, model: Any, length: int, clear: slice | None) -> None:
+    """Make room in `cache` for `length` positions in all; an empty one gets zero states, as the first token finds them.
+
+    Args:
+        cache: empty, or with tokens of `inputs.batch` rows.
+        inputs: the shapes that the plan reads.
+        model: whose cache it is.
+        length: cached positions and new ones.
+        clear: positions whose latent rows become zero, because some of them are padding; None if none is.
+    """
+    config = model.config
+    like = torch.empty(0, dtype=inputs.dtype, device=inputs.device)
+    for layer, module in zip(cache.layers, model.model.layers):
+        if isinstance(layer, KDACacheLayer):
+            layer.weights = module.self_attn.step_weights()
+            if layer.state is None:
+                heads, K = config.linear_num_heads, config.linear_head_dim
+                shapes = (3 * heads * K, config.linear_conv_kernel_dim - 1), (heads, K, K)
+                window, state = layer.begin_step(0, inputs.batch, *shapes, like=like)
+                layer.lazy_initialization(conv_states=window, recurrent_states=state)
+                layer.is_changing = False
+            continue
+        if layer.storage is None:
+            widths = config.kv_lora_rank, config.qk_rope_head_dim
+            layer.lazy_initialization(*(like.new_empty(inputs.batch, 1, 0, width) for width in widths))
+        layer.reserve(length)
+        if clear is not None:
+            layer.storage[:, clear] = 0
+
+
+def commit(cache: KimiLinearCache, past: int, length: int) -> None:
+    """Let `cache` count `length` more positions than `past`. Called again after an interruption, it goes on."""
+    for layer in cache.layers:
+        if layer.get_seq_length() == past:
+            layer.advance(length)
+
+
+__all__ = ["PromptRun", "SharedPool", "commit", "open_cache"]
