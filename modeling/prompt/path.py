@@ -17,7 +17,7 @@ from ..input_checks import (
     check_positions,
     check_token_ids,
 )
-from ..placement import layer_spans
+from ..placement import LayerSpan, layer_spans
 from .packing import Packing
 from .plan import BLOCK_TOKENS, PromptPlan
 from .run import PromptRun, SharedPool, commit, open_cache
@@ -41,7 +41,7 @@ class PromptPath:
 
     def __init__(self) -> None:
         self._runs: dict[tuple[int, int], PromptRun] = {}
-        self._pool: SharedPool | None = None
+        self._pools: dict[torch.device, SharedPool] = {}
         self._compiled: set[bool] = set()
         self._made_from: Any = None
         self._lock = threading.RLock()
@@ -56,7 +56,7 @@ class PromptPath:
         """Free graphs and buffers."""
         with self._lock:
             self._runs.clear()
-            self._pool = None
+            self._pools.clear()
 
     def hidden_states(
         self,
@@ -91,7 +91,7 @@ class PromptPath:
         if past > 0 and inputs.misfit(cache) is not None:
             return None
         clear = slice(past, past + length) if packing.has_padding else None
-        mask, input_ids = None if mask is None else mask.to(weight.device).contiguous(), input_ids.to(weight.device)
+        mask, input_ids = None if mask is None else mask.contiguous(), input_ids.to(inputs.device)
         with self._lock, cache.changing("a packed prompt", partial(cache.undo, past)):
             open_cache(cache, inputs, model, past + length, clear)
             run = self._captured if captured else self._launched
@@ -112,12 +112,14 @@ class PromptPath:
         if model._decode.made_from is not self._made_from:
             self.clear()
             self._made_from = model._decode.made_from
-        if self._pool is None:
-            self._pool = SharedPool(input_ids.device)
+        spans = _spans(model)
+        for span in spans:
+            if span.device not in self._pools:
+                self._pools[span.device] = SharedPool(span.device)
         key = _room(TOKENS, packing.tokens), _room(SEQUENCES, packing.shape[0])
         run = self._runs.get(key)
         if run is None:
-            run = self._runs[key] = PromptRun(PromptPlan(model, *key), self._pool)
+            run = self._runs[key] = PromptRun([PromptPlan(model, span, *key) for span in spans], self._pools)
         return run(cache, input_ids, packing, mask, kept)
 
     def _launched(
@@ -130,10 +132,12 @@ class PromptPath:
         kept: slice | torch.Tensor,
     ) -> torch.Tensor:
         """From the host, as many rows at a time as `PART_TOKENS` and `PART_KEYS` allow."""
+        spans = _spans(model)
         if packing.has_holes not in self._compiled and input_ids.device.type == "cuda":
-            nothing = PromptPlan(model, 2 * BLOCK_TOKENS, 1, 64, packing.has_holes)
-            with torch.cuda.device(input_ids.device):
-                run_in_threads(input_ids.device, *nothing.kinds_of_launches())
+            for span in spans:
+                nothing = PromptPlan(model, span, 2 * BLOCK_TOKENS, 1, 64, packing.has_holes)
+                with torch.cuda.device(span.device):
+                    run_in_threads(span.device, *nothing.kinds_of_launches())
             self._compiled.add(packing.has_holes)
         hidden = []
         for begin, end in packing.row_parts(PART_TOKENS, PART_KEYS):
@@ -144,10 +148,16 @@ class PromptPath:
                 continue
             room = (-(-n // 64) * 64 for n in (part.tokens, part.keys))
             tokens, keys = room
-            run = PromptRun(PromptPlan(model, tokens, end - begin, keys, packing.has_holes))
+            size = tokens, end - begin, keys, packing.has_holes
+            run = PromptRun([PromptPlan(model, span, *size) for span in spans])
             rows = slice(begin, end)
             hidden.append(run(cache, input_ids[rows], part, None if mask is None else mask[rows], kept, begin))
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+
+
+def _spans(model: Any) -> list[LayerSpan]:
+    """The spans that have the embedding or layers."""
+    return [span for span in layer_spans(model) if span.embeds or span.first < span.end]
 
 
 def _room(sizes: tuple[int, ...], needed: int) -> int:
@@ -201,7 +211,7 @@ def may_serve(
             return False
     if kwargs.get("cu_seq_lens_q") is not None or getattr(config, "is_causal", None) is False:
         return False
-    return model._decode.reason(model) is None and len(layer_spans(model)) == 1
+    return model._decode.reason(model) is None
 
 
 __all__ = ["SEQUENCES", "TOKENS", "PromptPath", "may_serve"]

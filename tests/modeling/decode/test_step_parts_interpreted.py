@@ -20,6 +20,7 @@ from kimi_linear.modeling.decode import path as decode_path
 from kimi_linear.modeling.decode import step as decode_step
 from kimi_linear.modeling.decode.step import DecodeStep
 from kimi_linear.modeling.placement import LayerSpan, layer_spans
+from kimi_linear.modeling.prompt import path as prompt_path
 
 __all__ = ["few_programs", "stepping"]  # fixtures
 CPU = torch.device("cpu")
@@ -40,7 +41,8 @@ def split(monkeypatch):
     """Lets the steps made from here on have parts that end after so many modules."""
 
     def into(*ends):
-        monkeypatch.setattr(decode_step, "layer_spans", lambda model: spans_of(len(model.model.layers), ends))
+        for module in (decode_step, prompt_path):
+            monkeypatch.setattr(module, "layer_spans", lambda model: spans_of(len(model.model.layers), ends))
 
     return into
 
@@ -129,6 +131,28 @@ def test_text_and_drafts_by_parts(model, stepping, split):
     assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=3, **options), drafted)
     assert stepping and all(len(step.parts) == 3 for step in model._decode._steps.values())
     model._decode._steps.clear()
+
+
+@torch.no_grad()
+def test_packed_prompts_by_parts(model, stepping, split):
+    mask, longer = MASK.clone(), PROMPT.repeat(1, 2)
+    mask[1, 4] = 0  # a hole
+
+    def outputs():
+        first = model(PROMPT, attention_mask=mask, use_cache=True)
+        cache = first.past_key_values
+        second = model(longer, attention_mask=torch.cat([mask, mask, mask], dim=1), past_key_values=cache)
+        held = [getattr(x, name) for x in cache.layers for name in ("state", "window", "rows") if hasattr(x, name)]
+        return [first.logits, second.logits, *held]
+
+    model._prompts.clear()
+    whole = outputs()
+    assert model._prompts._runs
+    split(1, 2, 3)
+    model._prompts.clear()
+    assert all(map(torch.equal, outputs(), whole))
+    assert {len(run.parts) for run in model._prompts._runs.values()} == {3}  # the head's device has no layers
+    model._prompts.clear()
 
 
 def test_rows_in_turn_through_parts(model, stepping, split, monkeypatch):
