@@ -161,3 +161,32 @@ def test_through_the_host(on_one, elsewhere, monkeypatch):
     ids = random_ids(2, 50)
     assert torch.equal(greedy(elsewhere, ids), greedy(on_one, ids))
     elsewhere._decode._steps.clear()
+
+
+def test_adapters(folder):
+    """LoRA around linears of both GPUs; its factors are where their linear is."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["o_proj", "up_proj"], init_lora_weights=False, r=4)
+    wrapped = [peft.get_peft_model(load(folder, places), config).eval() for places in ({"": 0}, MAPS["on both"])]
+    factors = [{n: p for n, p in model.named_parameters() if "lora_" in n} for model in wrapped]
+    with torch.no_grad():
+        for name, factor in factors[1].items():
+            factor.copy_(factors[0][name])
+    assert {factor.device.index for factor in factors[1].values()} == {0, 1}
+    ids = random_ids(2, 30)
+    texts = [greedy(model, ids) for model in wrapped]
+    assert torch.equal(*texts)
+    with wrapped[1].disable_adapter():
+        assert not torch.equal(greedy(wrapped[1], ids), texts[0])
+
+
+def test_loading_takes_no_more_than_the_weights_and_a_layer(folder):
+    """Straight to each device: the most that is allocated on a GPU is what it holds, and two stacks of experts."""
+    for device in (0, 1):
+        torch.cuda.reset_peak_memory_stats(device)
+    before = [torch.cuda.memory_allocated(device) for device in (0, 1)]
+    model = load(folder, MAPS["on both"])
+    stacks = 2 * max(x.nbytes for x in model.parameters())
+    for device in (0, 1):
+        held = torch.cuda.memory_allocated(device) - before[device]
+        assert 0 < held <= torch.cuda.max_memory_allocated(device) - before[device] <= held + stacks + 2**21
