@@ -158,12 +158,10 @@ def run(label: str, make: Callable[[], torch.nn.Module], arguments: argparse.Nam
     if arguments.by_layers and label == "ours":
         model.model.norm.register_forward_hook(lambda module, inputs, output: None)
         print(f"ours: {model.decode_path}", file=sys.stderr, flush=True)
-    cases = [
-        (tokens, None, over)
-        for over in (0, *(arguments.over if label == "ours" else ()))
-        for tokens in arguments.tokens
-    ]
-    cases += [(0, batch, 0) for batch in arguments.batches if label == "ours"]
+    cases = [(tokens, None, 0) for tokens in arguments.tokens]
+    if label == "ours":
+        cases += [(tokens, None, over) for over in arguments.over for tokens in arguments.tokens]
+        cases += [(0, batch, 0) for batch in arguments.batches]
     rows = []
     for tokens, batch, over in cases:
         progress = {"prompt_progress": _print_progress} if label == "ours" and tokens > 131072 else {}

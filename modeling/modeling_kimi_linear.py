@@ -407,11 +407,8 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiGenerationMixin):
         past_key_values = one_cache(past_key_values, cache, kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if labels is None and inputs_embeds is None:
-            logits = self._step_logits(input_ids, attention_mask, past_key_values, kwargs)
-            if logits is not None:
-                return MoeCausalLMOutputWithPast(logits=logits[:, kept], **as_argument(past_key_values))
-            logits, held = self._prompt_logits(
-                input_ids, attention_mask, position_ids, past_key_values, use_cache, kept, kwargs
+            logits, held = self._planned_logits(
+                input_ids, attention_mask, position_ids, past_key_values, use_cache, kept, prompt_progress, kwargs
             )
             if logits is not None:
                 return MoeCausalLMOutputWithPast(logits=logits, **as_argument(held))

@@ -13,6 +13,7 @@ from kimi_linear.kernels.gpu.sizes import padded
 from kimi_linear.modeling.decode import path as decode_path
 from kimi_linear.modeling.decode import plan as decode_plan
 from kimi_linear.modeling.decode.step import DecodeStep
+from kimi_linear.modeling.generate import mixin as generate_mixin
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
 
 PROMPT = torch.tensor([[3, 14, 15, 92, 65, 35, 89, 79, 32], [38, 46, 26, 43, 38, 32, 79, 50, 28]])
@@ -49,7 +50,7 @@ def few_programs(monkeypatch):
 
 @pytest.fixture
 def stepping(monkeypatch):
-    """Lets the interpreter stand in for a GPU; gives the steps' runs, (batch, tokens) each."""
+    """Lets the interpreter stand in for a GPU, prompts aside; gives the steps' runs, (batch, tokens) each."""
     runs, run = [], DecodeStep.run
 
     def counted(self, *args):
@@ -58,6 +59,7 @@ def stepping(monkeypatch):
 
     monkeypatch.setattr(DecodeStep, "run", counted)
     monkeypatch.setattr(decode_path, "gpu_has_kernels", lambda model: True)
+    monkeypatch.setattr(generate_mixin, "may_serve", lambda *args: False)  # tests/modeling/prompt has them
     return runs
 
 

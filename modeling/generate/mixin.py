@@ -1,5 +1,6 @@
 """How `generate()` runs our models: with the hybrid cache, and with drafts that are taken back exactly."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,8 @@ from ..decode.path import MAX_CHUNKED_TOKENS, MAX_NEW_TOKENS, serves, step_mask
 from ..decode.step import MAX_STEP_TOKENS
 from ..input_checks import check_cache, check_mask, check_token_ids, expect_token_ids
 from ..plain_modules import hanging_on_root, own_method
-from ..prompt.path import may_serve
+from ..prompt.path import may_serve, reason_of_model, ways_of_prompts
+from ..prompt.segments import SEGMENT_TOKENS
 from ..transformers_versions import CACHE_NAME, as_argument, one_cache
 from .cache_setup import bound_unbounded_layers, expect_text
 from .refusals import check_cache_implementation, continuous_batching_error
@@ -36,8 +38,15 @@ class KimiGenerationMixin(GenerationMixin):
         return (
             f"captured steps{within}: {MAX_NEW_TOKENS} new tokens of a sequence and {MAX_STEP_TOKENS} of all sequences "
             f"at a time; larger batches are cut by rows, up to {MAX_CHUNKED_TOKENS} new tokens in all are taken in "
-            "several steps, and more are a prompt, which goes layer by layer"
+            "several steps, and more are a prompt (see prompt_path)"
         )
+
+    @property
+    def prompt_path(self) -> str:
+        """How this model takes prompts as it stands, limits included: by packed plans, or layer by layer and why."""
+        self._decode.look_again()
+        reason = self._decode.reason(self) or reason_of_model(self)
+        return ways_of_prompts() if reason is None else f"layer by layer: {reason}"
 
     def _reason_for_library_loop(self) -> str | None:
         """What our loop around steps would pass over, in words that follow "the model"; or None."""
@@ -184,7 +193,7 @@ class KimiGenerationMixin(GenerationMixin):
             steps = [self._decode.step(self, *part.shape) for part in parts]
             return torch.cat([step(past_key_values, part, mask) for step, part in zip(steps, parts)], dim=1)
 
-    def _prompt_logits(
+    def _planned_logits(
         self,
         input_ids: Any,
         attention_mask: Any,
@@ -192,18 +201,25 @@ class KimiGenerationMixin(GenerationMixin):
         past_key_values: Any,
         use_cache: bool | None,
         kept: slice | torch.Tensor,
+        prompt_progress: Callable[[int, int], None] | None,
         kwargs: dict[str, Any],
-    ) -> tuple[torch.Tensor | None, KimiLinearCache | None]:
-        """Logits [B, kept, vocab_size] of a prompt by a captured plan, and the cache to return; or None and None."""
-        if not may_serve(self, past_key_values, input_ids, attention_mask, position_ids, kwargs):
-            return None, None
-        keeps_cache = self.config.use_cache if use_cache is None else use_cache
-        cache = KimiLinearCache(self.config) if past_key_values is None else past_key_values
-        hidden_states = self._prompts.hidden_states(self, cache, input_ids, attention_mask, position_ids, kept)
-        if hidden_states is None:
-            return None, None
-        logits = self.lm_head(self.model.norm(hidden_states))
-        return logits, cache if keeps_cache or past_key_values is not None else None
+    ) -> tuple[torch.Tensor | None, Cache | None]:
+        """(Logits [B, kept, vocab_size] by a packed prompt or a step, the cache to return), or None twice.
+
+        A few new tokens over a cache are a step; of more, a prompt reads each weight once where steps come in turn.
+        """
+        arguments = (past_key_values, input_ids, attention_mask, position_ids)
+        # Segments, which are what else takes so many tokens, report what they have done.
+        silent = prompt_progress is None or input_ids is None or input_ids.numel() <= SEGMENT_TOKENS
+        if silent and may_serve(self, *arguments, kwargs):
+            cache = KimiLinearCache(self.config) if past_key_values is None else past_key_values
+            hidden_states = self._prompts.hidden_states(self, cache, input_ids, attention_mask, position_ids, kept)
+            if hidden_states is not None:
+                keeps_cache = self.config.use_cache if use_cache is None else use_cache
+                held = cache if keeps_cache or past_key_values is not None else None
+                return self.lm_head(self.model.norm(hidden_states)), held
+        logits = self._step_logits(input_ids, attention_mask, past_key_values, kwargs)
+        return (None, None) if logits is None else (logits[:, kept], past_key_values)
 
     def _sample(
         self,

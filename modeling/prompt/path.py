@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from ...kernels.gpu.compile_threads import run_in_threads
 from ..cache.kimi_linear_cache import KimiLinearCache
 from ..decode.inputs import StepInputs
+from ..decode.path import MAX_NEW_TOKENS
+from ..decode.step import MAX_STEP_TOKENS
 from ..input_checks import (
     check_cache,
     check_cache_dtype,
@@ -20,7 +21,7 @@ from ..input_checks import (
 from ..placement import LayerSpan, layer_spans
 from .packing import Packing
 from .plan import BLOCK_TOKENS, PromptPlan
-from .run import PromptRun, SharedPool, commit, open_cache
+from .run import PromptRun, SharedPool, commit, compile_launches, open_cache
 
 # Room for tokens of the captured plans: between two of them the padding costs less than the weights that both read.
 TOKENS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
@@ -135,19 +136,16 @@ class PromptPath:
         spans = _spans(model)
         if packing.has_holes not in self._compiled and input_ids.device.type == "cuda":
             for span in spans:
-                nothing = PromptPlan(model, span, 2 * BLOCK_TOKENS, 1, 64, packing.has_holes)
-                with torch.cuda.device(span.device):
-                    run_in_threads(span.device, *nothing.kinds_of_launches())
+                compile_launches(PromptPlan(model, span, 2 * BLOCK_TOKENS, 1, 64, packing.has_holes))
             self._compiled.add(packing.has_holes)
         hidden = []
         for begin, end in packing.row_parts(PART_TOKENS, PART_KEYS):
             part = packing.of_rows(begin, end)
             if part.tokens == 0:
-                places = part.places()[:, kept]
-                hidden.append(model.lm_head.weight.new_zeros(*places.shape, model.config.hidden_size))
+                positions = len(range(part.shape[1])[kept]) if isinstance(kept, slice) else len(kept)
+                hidden.append(model.lm_head.weight.new_zeros(end - begin, positions, model.config.hidden_size))
                 continue
-            room = (-(-n // 64) * 64 for n in (part.tokens, part.keys))
-            tokens, keys = room
+            tokens, keys = (-(-n // 64) * 64 for n in (part.tokens, part.keys))
             size = tokens, end - begin, keys, packing.has_holes
             run = PromptRun([PromptPlan(model, span, *size) for span in spans])
             rows = slice(begin, end)
@@ -176,6 +174,13 @@ def _takes_plan(length: int, weight: torch.Tensor) -> bool:
     return length <= MOST_POSITIONS and by_library
 
 
+def _is_for_steps(cache: KimiLinearCache | None, input_ids: torch.Tensor) -> bool:
+    """Whether decode steps take these tokens in one go: few of each row, over a filled cache."""
+    if cache is None or cache.get_seq_length() == 0 or input_ids.shape[1] > MAX_NEW_TOKENS:
+        return False
+    return input_ids.shape[1] == 1 or input_ids.numel() <= MAX_STEP_TOKENS
+
+
 def may_serve(
     model: Any,
     cache: Any,
@@ -199,7 +204,7 @@ def may_serve(
         return False
     if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.numel() == 0:
         return False
-    if torch.is_grad_enabled() or input_ids.shape[1] > MOST_POSITIONS:
+    if torch.is_grad_enabled() or input_ids.shape[1] > MOST_POSITIONS or _is_for_steps(cache, input_ids):
         return False
     if attention_mask is None and position_ids is not None and cache is None:
         return False
@@ -209,9 +214,26 @@ def may_serve(
         asked = kwargs.get(name)
         if asked or (asked is None and getattr(config, name, False)):
             return False
-    if kwargs.get("cu_seq_lens_q") is not None or getattr(config, "is_causal", None) is False:
+    if kwargs.get("cu_seq_lens_q") is not None or reason_of_model(model) is not None:
         return False
+    model._decode.look_again()  # a new text: there is time for it
     return model._decode.reason(model) is None
 
 
-__all__ = ["SEQUENCES", "TOKENS", "PromptPath", "may_serve"]
+def reason_of_model(model: Any) -> str | None:
+    """Why `model` takes no prompt by packed plans though it decodes by steps, in words; or None."""
+    if getattr(model.config, "is_causal", None) is False:
+        return "is_causal is False"
+    return None
+
+
+def ways_of_prompts() -> str:
+    """What a model does that takes packed plans, in words."""
+    return (
+        f"packed plans, padding left out: captured up to {TOKENS[-1]} tokens of up to {SEQUENCES[-1]} rows, else "
+        f"launched one by one for rows of up to {MOST_POSITIONS} positions (bf16); longer rows, and prompts that the "
+        "cache records, go layer by layer"
+    )
+
+
+__all__ = ["SEQUENCES", "TOKENS", "PromptPath", "may_serve", "reason_of_model", "ways_of_prompts"]

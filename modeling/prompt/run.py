@@ -51,8 +51,8 @@ class PromptPart:
     def _capture(self) -> None:
         """Record the launches. Without rows they touch no cache."""
         self.plan.x.zero_()
+        compile_launches(self.plan)
         with torch.cuda.device(self.device):
-            run_in_threads(self.device, *self.plan.kinds_of_launches())
             self.plan.launch()
             torch.cuda.synchronize()
             self._graph = torch.cuda.CUDAGraph()
@@ -154,7 +154,7 @@ class PromptRun:
         for part in self.parts:
             part.hand_over(cache, input_ids, packing, mask, first_row)
         last = self.parts[-1]
-        places = packing.places()[:, kept]
+        places = packing.places()[:, kept.cpu() if isinstance(kept, torch.Tensor) else kept]
         flat = to_device(places.clamp(min=0).flatten(), last.device)
         streams = [part.current_stream() for part in self.parts]
         try:
@@ -176,6 +176,15 @@ class PromptRun:
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """`x`, which is on the CPU, on `device`, without a wait of the host."""
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
+def compile_launches(plan: PromptPlan) -> None:
+    """Compile all kernels of a plan that has no row yet, several at a time. Waits for the GPU, before and after."""
+    with torch.cuda.device(plan.device):
+        kinds = plan.kinds_of_launches()
+        torch.cuda.synchronize()  # threads launch in streams of their own
+        run_in_threads(plan.device, *kinds)
+        torch.cuda.synchronize()
 
 
 def open_cache(cache: KimiLinearCache, inputs: StepInputs, model: Any, length: int, clear: slice | None) -> None:
@@ -215,4 +224,4 @@ def commit(cache: KimiLinearCache, past: int, length: int) -> None:
             layer.advance(length)
 
 
-__all__ = ["PromptRun", "SharedPool", "commit", "open_cache"]
+__all__ = ["PromptRun", "SharedPool", "commit", "compile_launches", "open_cache"]
