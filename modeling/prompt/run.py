@@ -130,6 +130,11 @@ class PromptRun:
         self.parts = [PromptPart(plan, None if pools is None else pools[plan.device]) for plan in plans]
         self._hand_overs = [HandOver(a.x, b.x) for a, b in pairwise(plans)]
 
+    @property
+    def plan(self) -> PromptPlan:
+        """Of the last part, whose hidden states are those of the run."""
+        return self.parts[-1].plan
+
     def __call__(
         self,
         cache: KimiLinearCache,
@@ -153,9 +158,8 @@ class PromptRun:
         """
         for part in self.parts:
             part.hand_over(cache, input_ids, packing, mask, first_row)
-        last = self.parts[-1]
         places = packing.places()[:, kept.cpu() if isinstance(kept, torch.Tensor) else kept]
-        flat = to_device(places.clamp(min=0).flatten(), last.device)
+        flat = to_device(places.clamp(min=0).flatten(), self.plan.device)
         streams = [part.current_stream() for part in self.parts]
         try:
             for layer in cache.layers:
@@ -165,12 +169,12 @@ class PromptRun:
                 if i > 0:
                     self._hand_overs[i - 1]()
                 part.launch()
-            hidden = last.plan.x.index_select(0, flat).view(*places.shape, -1)
+            hidden = self.plan.x.index_select(0, flat).view(*places.shape, -1)
         finally:
             for part, stream in zip(self.parts, streams):
                 part.mark_end(stream)
         padding = places < 0
-        return hidden.masked_fill_(padding.to(last.device)[..., None], 0.0) if bool(padding.any()) else hidden
+        return hidden.masked_fill_(padding.to(self.plan.device)[..., None], 0.0) if bool(padding.any()) else hidden
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
