@@ -69,7 +69,7 @@ class StepPart:
     def point_at(self, cache: KimiLinearCache, mask: torch.Tensor | None, length: int, first_row: int) -> None:
         """Let the next run work on `cache`, after making room for `length` positions; arguments as `DecodeStep`'s."""
         entries = self._entries(cache, mask, length, first_row)
-        if entries == self._held:
+        if not entries or entries == self._held:
             return
         # From pinned memory, or the host would wait for every step launched so far.
         table = torch.tensor(entries, dtype=torch.int64, pin_memory=self.device.type == "cuda")
