@@ -79,6 +79,8 @@ class PromptPart:
             torch.index_select(input_ids.reshape(-1), 0, numbers[len(plan.numbers) :], out=plan.input_ids)
         self._mask = None if mask is None else mask.to(self.device, non_blocking=True)  # read by its address
         entries = self._entries(cache, self._mask, first_row)
+        if not entries:
+            return
         table = torch.tensor(entries, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         plan.table.copy_(table.view_as(plan.table), non_blocking=True)
 
