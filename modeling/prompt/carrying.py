@@ -23,9 +23,11 @@ class Carrying:
     """
 
     def __init__(self, hidden_states: torch.Tensor, **options: Any) -> None:
-        here = hidden_states.device
-        self._options = {name: _moved(x, here) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
-        self._by_device = {here: self._options}
+        self._here = hidden_states.device
+        self._options = {
+            name: _moved(x, self._here) if isinstance(x, torch.Tensor) else x for name, x in options.items()
+        }
+        self._by_device = {self._here: self._options}
 
     def beside(self, layer: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
         """(`hidden_states`, the options), where `layer` is; where accelerate brings its weights, it moves these too.
@@ -37,9 +39,11 @@ class Carrying:
         if hidden_states.device != device and device.type != "meta":
             _check_dtype(layer, hidden_states)
             hidden_states = carried(hidden_states, device)
-            if device not in self._by_device:
-                self._by_device[device] = {name: _moved(x, device) for name, x in self._options.items()}
-            self._options = self._by_device[device]
+        if hidden_states.device != self._here:
+            self._here = hidden_states.device
+            if self._here not in self._by_device:
+                self._by_device[self._here] = {name: _moved(x, self._here) for name, x in self._options.items()}
+            self._options = self._by_device[self._here]
         return hidden_states, self._options
 
 

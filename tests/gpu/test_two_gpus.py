@@ -8,6 +8,7 @@ from tiny_checkpoints import tiny_config, write_checkpoint
 
 from kimi_linear.modeling.cache.kimi_linear_cache import KimiLinearCache
 from kimi_linear.modeling.decode import hand_over
+from kimi_linear.modeling.decode import path as decode_path
 from kimi_linear.modeling.decode.step_part import StepPart
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
 from kimi_linear.modeling.prompt import segments as prompt_segments
@@ -190,3 +191,24 @@ def test_loading_takes_no_more_than_the_weights_and_a_layer(folder):
     for device in (0, 1):
         held = torch.cuda.memory_allocated(device) - before[device]
         assert 0 < held <= torch.cuda.max_memory_allocated(device) - before[device] <= held + stacks + 2**21
+
+
+def test_batches_that_are_cut_by_rows(on_one, elsewhere, monkeypatch):
+    """Rows in turn: while the last layers take some, the first take the next."""
+    ids = random_ids(7, 30)
+    wanted = greedy(on_one, ids)
+    monkeypatch.setattr(decode_path, "MAX_STEP_TOKENS", 2)
+    assert torch.equal(greedy(elsewhere, ids), wanted)
+
+
+@torch.no_grad()
+def test_tokens_taken_back(elsewhere):
+    ids = random_ids(2, 60).to(elsewhere.device)
+    cache, new = KimiLinearCache(elsewhere.config), random_ids(2, 6).to(elsewhere.device)
+    cache.activate_past_recording()
+    elsewhere(ids, past_key_values=cache)
+    logits = [elsewhere(new[:, i : i + 1], past_key_values=cache).logits for i in range(6)]
+    cache.crop(-4)
+    again = [elsewhere(new[:, i : i + 1], past_key_values=cache).logits for i in range(2, 6)]
+    assert all(torch.equal(x, y) for x, y in zip(again, logits[2:]))
+    assert elsewhere(new, past_key_values=cache).logits.device == elsewhere.device  # where the inputs are

@@ -110,6 +110,7 @@ def test_layers_are_handed_what_they_take(model, monkeypatch):
     monkeypatch.setattr(carrying, "device_of_layer", lambda layer: layer.device)
     monkeypatch.setattr(carrying, "carried", lambda x, device: copies.append(device) or x.to("meta"))
     copies, x, mask = [], torch.zeros(1, 2, 8), torch.ones(1, 2)
+    there = torch.device("meta")
     layer, padding = model.model.layers[0], object()
     held = carrying.Carrying(x, position_ids=mask, padding=padding, cu_seqlens=None)
     hidden, options = held.beside(Elsewhere(layer, "cpu"), x)
@@ -117,9 +118,9 @@ def test_layers_are_handed_what_they_take(model, monkeypatch):
     assert held.beside(Elsewhere(layer, "meta"), x)[0] is x and not copies  # accelerate brings the weights
     other = torch.device("cuda", 1)
     hidden, options = held.beside(Elsewhere(layer, other), x)
-    assert copies == [other, other] and options["position_ids"] is not mask and options["padding"] is padding
+    assert copies == [other, there] and options["position_ids"] is not mask and options["padding"] is padding
     again, same = held.beside(Elsewhere(layer, other), x)
-    assert copies == [other] * 3 and same is options and again is not x
+    assert copies == [other, there, other] and same is options and again is not x
     with pytest.raises(ValueError, match=r"model\.layers\.0 is in torch\.float32 .* before it are in torch\.bfloat16"):
         held.beside(Elsewhere(layer, other), x.bfloat16())
 
