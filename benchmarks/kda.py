@@ -96,8 +96,14 @@ def error(x: torch.Tensor, exact: torch.Tensor) -> float:
 
 def run_fla(x: dict, cu_seqlens: torch.Tensor | None = None):
     """fla on the same inputs (it wants contiguous tensors; the copies are made before timing)."""
-    return fla_chunk_kda(**x, cu_seqlens=cu_seqlens, output_final_state=True, use_qk_l2norm_in_kernel=True,
-                         use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True)  # fmt: skip
+    return fla_chunk_kda(
+        **x,
+        cu_seqlens=cu_seqlens,
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=True,
+        use_gate_in_kernel=True,
+        use_beta_sigmoid_in_kernel=True,
+    )
 
 
 def median(fn, rep: int = 60) -> list[float]:
@@ -107,9 +113,13 @@ def median(fn, rep: int = 60) -> list[float]:
 
 # B, T, H, packed sequences (0: dense), goal in ms (shared/anchors.md)
 FORWARD = [
-    (1, 8192, 32, 0, 0.40), (1, 32768, 32, 0, 1.5), (1, 131072, 32, 0, 6.0),
-    (8, 1024, 32, 0, 0.30), (1, 8192, 64, 0, 0.75), (1, 8192, 32, 64, None),
-]  # fmt: skip
+    (1, 8192, 32, 0, 0.40),
+    (1, 32768, 32, 0, 1.5),
+    (1, 131072, 32, 0, 6.0),
+    (8, 1024, 32, 0, 0.30),
+    (1, 8192, 64, 0, 0.75),
+    (1, 8192, 32, 64, None),
+]
 STEP = [(1, 0.012), (8, 0.018), (64, 0.075), (256, 0.29)]
 
 
@@ -241,8 +251,10 @@ def cold_start(in_model: bool) -> float:
     """
     code = "import time, torch; from benchmarks.kda import chunk_kda, inputs; x = inputs('tame', 1, 8192, 32);"
     if in_model:
-        code += ("import torch._dynamo; from kimi_linear.kernels.kda.index import kda_index_fwd;"
-                 "kda_index_fwd(torch.zeros(2, dtype=torch.int32, device='cuda'), 0, 32);")  # fmt: skip
+        code += (
+            "import torch._dynamo; from kimi_linear.kernels.kda.index import kda_index_fwd;"
+            "kda_index_fwd(torch.zeros(2, dtype=torch.int32, device='cuda'), 0, 32);"
+        )
     code += "torch.cuda.synchronize(); t = time.time(); chunk_kda(**x); torch.cuda.synchronize();print(time.time() - t)"
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "TRITON_CACHE_DIR": cache}

@@ -28,15 +28,19 @@ from kimi_linear.kernels.kda import backward, configs
 from kimi_linear.kernels.kda.backward_pairs import kda_pairs_bwd
 from kimi_linear.kernels.kda.backward_rest import kda_rest_bwd
 from kimi_linear.kernels.kda.backward_scan import kda_scan_bwd
+from kimi_linear.kernels.kda.index import Segment
 from kimi_linear.kernels.kda.intra import kda_intra_fwd
 from kimi_linear.kernels.kda.operators import chunk_kda
 from kimi_linear.kernels.kda.reference import recurrent_kda_reference
 
 # B, T, H, packed sequences (0: dense), goal in ms on an H200 (shared/anchors.md)
 CASES = [
-    (1, 8192, 32, 0, 2.0), (1, 32768, 32, 0, 7.5), (8, 1024, 32, 0, None), (1, 8192, 64, 0, None),
+    (1, 8192, 32, 0, 2.0),
+    (1, 32768, 32, 0, 7.5),
+    (8, 1024, 32, 0, None),
+    (1, 8192, 64, 0, None),
     (1, 8192, 32, 16, None),
-]  # fmt: skip
+]
 PARTS = ("cold", "errors", "stages", "times")
 # regime, B, T, H, dtype, packed sequences
 CHECKS = [
@@ -51,8 +55,13 @@ def ours(**x: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def fla(**x: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return fla_chunk_kda(**x, output_final_state=True, use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True,
-                         use_beta_sigmoid_in_kernel=True)  # fmt: skip
+    return fla_chunk_kda(
+        **x,
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=True,
+        use_gate_in_kernel=True,
+        use_beta_sigmoid_in_kernel=True,
+    )
 
 
 def gradients(op: Callable[..., Any], x: dict, do: torch.Tensor, dstate: torch.Tensor, state: torch.Tensor, **kw: Any):
@@ -124,7 +133,7 @@ class Stages:
         do, o, found = torch.randn_like(v), torch.randn_like(v), backward._gradients(q, v)
         do, o = do.contiguous(), o.contiguous()
         sums = tuple(torch.empty(B * NT, H, n, device="cuda") for n in (K // 16, K))
-        state, segment = torch.empty(B, H, K, V, device="cuda"), (0, NT, 0, None, tiles)
+        state, segment = torch.empty(B, H, K, V, device="cuda"), Segment(0, NT)
         self.chosen = {
             "intra": configs.intra_config(gpu, K, "bfloat16"),
             "scan": configs.scan_config(gpu, K, V, "bfloat16"),
@@ -132,14 +141,15 @@ class Stages:
             "rest": configs.rest_config(gpu, K, V, "bfloat16"),
         }
         gates = (q, k, v, g, A_log, dt_bias)
+        where = {"segment": segment, "tiles": tiles, "upcast": False}
+        states = {"state_in": None, "dstate_out": None, "dstate_in": state}
+        parts = {**where, "borders": borders, "gradients": found}
         self.launch = {
-            "intra": partial(kda_intra_fwd, q, k, g, beta, A_log, dt_bias, scale, *segment, upcast=False),
-            "scan": partial(kda_scan_bwd, v, do, found[2], borders, None, None, state, *segment, upcast=False),
-            "pairs": partial(kda_pairs_bwd, *gates, o, do, found, scale, *segment, borders, upcast=False),
-            "rest": partial(
-                kda_rest_bwd, q, k, g, A_log, dt_bias, do, found, sums, 0, *segment, borders, upcast=False
-            ),
-        }  # fmt: skip
+            "intra": partial(kda_intra_fwd, q, k, g, beta, A_log, dt_bias, scale=scale, **where),
+            "scan": partial(kda_scan_bwd, v, do, found[2], borders=borders, **states, **where),
+            "pairs": partial(kda_pairs_bwd, *gates, o, do, scale=scale, **parts),
+            "rest": partial(kda_rest_bwd, q, k, g, A_log, dt_bias, do, sums=sums, first_sum=0, **parts),
+        }
         for name, launch in self.launch.items():
             launch(config=self.chosen[name])
 

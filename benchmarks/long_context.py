@@ -118,14 +118,16 @@ def ratios(rows: list[Row]) -> list[Row]:
         if one.keys() != {"hybrid", "all_mla"}:
             continue
         ms_a_token = {name: row["step_ms"] / row["batch"] for name, row in most.items()}
-        found.append({
-            "context": context,
-            "step": one["all_mla"]["step_ms"] / one["hybrid"]["step_ms"],
-            "generate": one["all_mla"]["generate_ms"] / one["hybrid"]["generate_ms"],
-            "largest_batches": {name: row["batch"] for name, row in most.items()},
-            "ms_a_token_at_largest_batches": ms_a_token,
-            "at_largest_batches": ms_a_token["all_mla"] / ms_a_token["hybrid"],
-        })  # fmt: skip
+        found.append(
+            {
+                "context": context,
+                "step": one["all_mla"]["step_ms"] / one["hybrid"]["step_ms"],
+                "generate": one["all_mla"]["generate_ms"] / one["hybrid"]["generate_ms"],
+                "largest_batches": {name: row["batch"] for name, row in most.items()},
+                "ms_a_token_at_largest_batches": ms_a_token,
+                "at_largest_batches": ms_a_token["all_mla"] / ms_a_token["hybrid"],
+            }
+        )
     return found
 
 

@@ -42,8 +42,14 @@ def draw(records: dict[str, dict], out: Path) -> None:
         for j, case in enumerate(cases):
             ms, goal = first[case, regime]
             if goal is not None:
-                panel.plot([j - 0.42, j + 0.42], [goal / ms] * 2, color="black", lw=1.2, ls="--",
-                           label="goal" if j == 0 else None)  # fmt: skip
+                panel.plot(
+                    [j - 0.42, j + 0.42],
+                    [goal / ms] * 2,
+                    color="black",
+                    lw=1.2,
+                    ls="--",
+                    label="goal" if j == 0 else None,
+                )
         panel.set_xticks(range(len(cases)), [case.replace(" packed", "\npacked") for case in cases], fontsize=7)
         panel.set_title(f"{regime} gates: ms (bars: share of {next(iter(records))})", fontsize=9)
     panels[0].set_xlabel("batch x tokens x heads, K = V = 128, bf16", fontsize=8)

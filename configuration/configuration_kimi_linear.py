@@ -31,8 +31,7 @@ _KDA_BACKENDS = ("auto", "triton", "fla", "torch")
 
 def _check_integer(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        kind = {0: "an integer, zero or more", 1: "a positive integer"}[least]
-        raise ValueError(f"{name}={value!r} must be {kind}")
+        raise ValueError(f"{name}={value!r} must be " + ("a positive integer" if least else "an integer, zero or more"))
 
 
 class KimiLinearConfig(PreTrainedConfig):

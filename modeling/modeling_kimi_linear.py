@@ -1,6 +1,5 @@
 """Kimi Linear for Hugging Face transformers: decoder, language model and sequence classifier (arXiv 2510.26692)."""
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
@@ -8,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import (
     MoeCausalLMOutputWithPast,
     MoeModelOutputWithPast,
@@ -39,10 +37,11 @@ from .input_checks import (
     check_token_ids,
     checkpointing_over_cache_error,
 )
-from .layers.kda_attention import KimiDeltaAttention, ShortConvolution
+from .layers.decoder_layer import KimiDecoderLayer
+from .layers.initialisation import initialise
 from .layers.masks import make_masks
 from .layers.mla_attention import KimiMLAAttention
-from .layers.moe import KimiExperts, KimiMLP, KimiSparseMoeBlock, KimiTopkRouter
+from .layers.moe import KimiTopkRouter
 from .layers.norms import KimiRMSNorm
 from .layers.sequence_layout import PaddingLayout, cu_seqlens_of_restarts, position_ids_of_packed
 from .plain_modules import Noticing, reads_weights
@@ -52,83 +51,6 @@ from .prompt.segments import forward_in_segments, takes_segments
 from .transformers_versions import CACHE_NAME, as_argument, name_language_model, one_cache, warn_outside_range
 
 logger = logging.get_logger(__name__)
-
-
-@reads_weights
-class KimiDecoderLayer(Noticing, GradientCheckpointingLayer):
-    """Pre-norm block: KDA or MLA, then the dense MLP (`mlp`) or the mixture of experts (`block_sparse_moe`)."""
-
-    def __init__(self, config: KimiLinearConfig, layer_idx: int) -> None:
-        super().__init__()
-        self._recomputes = False
-        self.is_kda = config.layer_types[layer_idx] == "linear_attention"
-        self.is_moe = config.mlp_layer_types[layer_idx] == "sparse"
-        self.self_attn = (KimiDeltaAttention if self.is_kda else KimiMLAAttention)(config, layer_idx)
-        if self.is_moe:
-            self.block_sparse_moe = KimiSparseMoeBlock(config)
-        else:
-            self.mlp = KimiMLP(config.hidden_size, config.intermediate_size)
-        self.input_layernorm = KimiRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = KimiRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """Whether to recompute this layer in backward: as set, but never where there is none.
-
-        Before 5.24 transformers asks this in training mode without gradients too, and takes the cache away for it.
-        """
-        return self._recomputes and torch.is_grad_enabled()
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, value: bool) -> None:
-        self._recomputes = value
-
-    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """`forward` with hooks and checkpointing; the first pass of a reentrant checkpoint runs without gradients."""
-        if not (self.is_moe and self.training and self.gradient_checkpointing):
-            return super().__call__(*args, **kwargs)
-        router = self.block_sparse_moe.gate
-        router.in_checkpoint = True
-        try:
-            return super().__call__(*args, **kwargs)
-        finally:
-            router.in_checkpoint = False
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: Any = None,
-        padding: PaddingLayout | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        cache: Cache | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """[B, T, hidden_size] -> the same shape.
-
-        Args:
-            hidden_states: the residual stream.
-            attention_mask: for MLA layers, as `create_causal_mask` made it.
-            padding: for KDA layers, which tokens are padding.
-            cu_seqlens: for KDA layers, boundaries of packed sequences.
-            past_key_values: the cache, updated in place.
-            cache: another name of `past_key_values`.
-            kwargs: passed to the attention function of MLA layers.
-        """
-        past_key_values = one_cache(past_key_values, cache, kwargs)
-        residual = hidden_states
-        hidden_states = self.input_layernorm(hidden_states)
-        if self.is_kda:
-            hidden_states = self.self_attn(
-                hidden_states, past_key_values=past_key_values, padding=padding, cu_seqlens=cu_seqlens
-            )
-        else:
-            hidden_states, _ = self.self_attn(
-                hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
-            )
-        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
-        hidden_states = self.block_sparse_moe(hidden_states) if self.is_moe else self.mlp(hidden_states)
-        return residual + hidden_states
 
 
 class KimiLinearPreTrainedModel(Noticing, ReleasedCheckpointMixin, PreTrainedModel):
@@ -167,22 +89,7 @@ class KimiLinearPreTrainedModel(Noticing, ReleasedCheckpointMixin, PreTrainedMod
         if isinstance(module, KimiPackedLinear):
             return  # zero until it is loaded, as are packed experts
         super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, KimiDeltaAttention):
-            # As fla: decay rates uniform in [1, 16], time steps log-uniform in [1e-3, 1e-1] behind softplus.
-            init.copy_(module.A_log, init.uniform_(module.A_log, a=1.0, b=16.0).log())
-            init.uniform_(module.dt_bias, a=math.log(1e-3), b=math.log(1e-1))
-            dt = module.dt_bias.exp().clamp_min(1e-4)
-            init.copy_(module.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-        elif isinstance(module, ShortConvolution):
-            bound = module.weight.shape[-1] ** -0.5  # nn.Conv1d's own, which fla keeps
-            init.uniform_(module.weight, a=-bound, b=bound)
-        elif isinstance(module, KimiExperts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=std)
-            init.normal_(module.down_proj, mean=0.0, std=std)
-        elif isinstance(module, KimiTopkRouter):
-            init.normal_(module.weight, mean=0.0, std=std)
-            init.zeros_(module.e_score_correction_bias)
+        initialise(module, std=self.config.initializer_range)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

@@ -5,6 +5,7 @@ Triton decides when it is imported whether it interprets. So a process runs eith
 """
 
 import functools
+import importlib.util
 import os
 from pathlib import Path
 
@@ -22,6 +23,10 @@ if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETING and importlib.util.find_spec("triton") is not None:
+    from quick_interpreter import quicken
+
+    quicken()
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at

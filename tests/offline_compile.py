@@ -11,9 +11,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32), "gfx942": GPUTarget("hip", "gfx942", 64),
-}  # fmt: skip
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 # Desktop GPUs take the choices of sm_80, with less shared memory.
 DESKTOP, DESKTOP_SHARED = GPUTarget("cuda", 120, 32), 99 << 10

@@ -111,8 +111,9 @@ def _name_ends(panel: Any, ends: list[tuple[float, float, str]]) -> None:
             continue
         at = panel.transData.transform((x, y))[1] * 72 / panel.figure.dpi
         free = max(at, free + _LABEL_GAP)
-        panel.annotate(number(y), (x, y), (5, free - at), textcoords="offset points",
-                       fontsize=7, va="center", color=colour)  # fmt: skip
+        panel.annotate(
+            number(y), (x, y), (5, free - at), textcoords="offset points", fontsize=7, va="center", color=colour
+        )
 
 
 def _dress(panel: Any, contexts: list[int]) -> None:

@@ -126,9 +126,7 @@ def decode_ms(model: Any, case: Case, machine: Machine, repeats: int) -> Row:
         return generate_seconds(model, held, case.batch, count, **WAYS["greedy"])
 
     way = layer_by_layer(model) if case.path == "layers" else nullcontext()
-    limit = {} if is_native else {
-        "limit_ms": step_bytes(model, case.batch, case.context) / machine.read_rate * 1e3
-    }  # fmt: skip
+    limit = {} if is_native else {"limit_ms": step_bytes(model, case.batch, case.context) / machine.read_rate * 1e3}
     with way:
         first = cache()
         seconds(first, 2)  # captures, compiles

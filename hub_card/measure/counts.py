@@ -80,9 +80,9 @@ def prompt_flops(config: KimiLinearConfig, weights_used: int, batch: int, length
     attention = config.layer_types.count("full_attention") * config.num_attention_heads * width * length**2
     chunk = 64  # of the recurrence: inside a chunk as attention, between chunks over states
     K = config.linear_head_dim
-    recurrence = config.layer_types.count("linear_attention") * config.linear_num_heads * length * K * (
-        6 * K + 4 * chunk
-    )  # fmt: skip
+    recurrence = (
+        config.layer_types.count("linear_attention") * config.linear_num_heads * length * K * (6 * K + 4 * chunk)
+    )
     return batch * (2.0 * weights_used * length + attention + recurrence)
 
 

@@ -20,8 +20,9 @@ def first_layers(config: KimiLinearConfig, count: int) -> KimiLinearConfig:
 def with_mla_everywhere(config: KimiLinearConfig) -> KimiLinearConfig:
     """The same widths with MLA in every layer instead of KDA in most."""
     numbers = list(range(1, config.num_hidden_layers + 1))
-    return _changed(config, linear_attn_config={**config.linear_attn_config, "kda_layers": [],
-                                                "full_attn_layers": numbers})  # fmt: skip
+    return _changed(
+        config, linear_attn_config={**config.linear_attn_config, "kda_layers": [], "full_attn_layers": numbers}
+    )
 
 
 def _changed(config: KimiLinearConfig, **fields: object) -> KimiLinearConfig:

@@ -9,7 +9,7 @@ A split is the same rows for all tokens of a step, whole blocks of them; splits 
 
 import torch
 
-from ..gpu.arithmetic import kda_dot
+from ..gpu.arithmetic import rounded_dot
 from ..gpu.launching import overlap_options
 from ..gpu.sizes import padded
 from .configs import LatentConfig
@@ -95,15 +95,15 @@ def decode_attend_kernel(
         p_rows = rows + tl.minimum(i_l + o_l, end - 1).to(tl.int64)[:, None] * (R + S)
         b_c = tl.load(p_rows + o_r[None, :], mask=(o_r < R)[None, :], other=0.0)
         b_cs = tl.load(p_rows + R + o_s[None, :], mask=(o_s < S)[None, :], other=0.0)
-        b_a = kda_dot(b_c, b_q, None, q.dtype.element_ty, "ieee", UPCAST)
-        b_a = kda_dot(b_cs, b_qs, b_a, q.dtype.element_ty, "ieee", UPCAST) * scale
+        b_a = rounded_dot(b_c, b_q, None, q.dtype.element_ty, "ieee", UPCAST)
+        b_a = rounded_dot(b_cs, b_qs, b_a, q.dtype.element_ty, "ieee", UPCAST) * scale
         m_l = (i_l + o_l < visible) & (tl.load(mask + i_l + o_l, mask=m_l & m_masked, other=1) != 0)
         b_a = tl.where(m_l[:, None], b_a, float("-inf"))
         b_m_new = tl.maximum(b_m, tl.max(b_a, axis=0))
         b_a = tl.exp2(b_a - b_m_new[None, :])
         b_scale = tl.exp2(b_m - b_m_new)
         b_l = b_l * b_scale + tl.sum(b_a, axis=0)
-        b_o = kda_dot(tl.trans(b_c), b_a, b_o * b_scale[None, :], q.dtype.element_ty, "ieee", UPCAST)
+        b_o = rounded_dot(tl.trans(b_c), b_a, b_o * b_scale[None, :], q.dtype.element_ty, "ieee", UPCAST)
         b_m = b_m_new
     i_part = i_n * SPLITS + i_split
     b_o = b_o / tl.maximum(b_l, 1e-30)[None, :]
@@ -158,15 +158,15 @@ def decode_attend_tokens_kernel(
         p_rows = rows + tl.minimum(i_l + o_l, end - 1).to(tl.int64)[:, None] * (R + S)
         b_c = tl.load(p_rows + o_r[None, :], mask=(o_r < R)[None, :], other=0.0)
         b_cs = tl.load(p_rows + R + o_s[None, :], mask=(o_s < S)[None, :], other=0.0)
-        b_a = kda_dot(b_q, tl.trans(b_c), None, q.dtype.element_ty, "ieee", UPCAST)
-        b_a = kda_dot(b_qs, tl.trans(b_cs), b_a, q.dtype.element_ty, "ieee", UPCAST) * scale
+        b_a = rounded_dot(b_q, tl.trans(b_c), None, q.dtype.element_ty, "ieee", UPCAST)
+        b_a = rounded_dot(b_qs, tl.trans(b_cs), b_a, q.dtype.element_ty, "ieee", UPCAST) * scale
         m_l = m_l & (tl.load(mask + i_l + o_l, mask=m_l & m_masked, other=1) != 0)
         b_a = tl.where(m_l[None, :] & (i_l + o_l[None, :] < o_visible[:, None]), b_a, float("-inf"))
         b_m_new = tl.maximum(b_m, tl.max(b_a, axis=1))
         b_a = tl.exp2(b_a - b_m_new[:, None])
         b_scale = tl.exp2(b_m - b_m_new)
         b_l = b_l * b_scale + tl.sum(b_a, axis=1)
-        b_o = kda_dot(b_a, b_c, b_o * b_scale[:, None], q.dtype.element_ty, "ieee", UPCAST)
+        b_o = rounded_dot(b_a, b_c, b_o * b_scale[:, None], q.dtype.element_ty, "ieee", UPCAST)
         b_m = b_m_new
     o_part = (o_n * SPLITS + i_split) * H + o_h
     b_o = b_o / tl.maximum(b_l, 1e-30)[:, None]

@@ -12,7 +12,7 @@ the router has spoken, the shared expert's weights, is loaded ahead (PDL, see de
 
 import torch
 
-from ..gpu.arithmetic import kda_sigmoid
+from ..gpu.arithmetic import sigmoid
 from ..gpu.launching import overlap_options
 from ..gpu.sizes import power_of_two
 from .configs import GemvConfig
@@ -85,7 +85,7 @@ def decode_expert_up_kernel(
     b_gate, b_up = tl.sum(b_g, axis=1), tl.sum(b_u, axis=1)
     b_r = tl.rsqrt(tl.sum(b_ss, axis=0) / D + eps)
     b_gate *= b_r
-    tl.store(h + i_slot * I + o_n, (b_gate * kda_sigmoid(b_gate) * b_up * b_r).to(h.dtype.element_ty), mask=m_n)
+    tl.store(h + i_slot * I + o_n, (b_gate * sigmoid(b_gate) * b_up * b_r).to(h.dtype.element_ty), mask=m_n)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ code; the last sum is fp32.
 
 import torch
 
-from ..gpu.arithmetic import kda_dot, kda_sigmoid
+from ..gpu.arithmetic import rounded_dot, sigmoid
 from ..gpu.launching import overlap_options
 from .configs import SkinnyConfig
 
@@ -80,9 +80,9 @@ def decode_grouped_up_kernel(
         b_wg = tl.load(p_g + o_k[None, :], mask=m_w, other=0.0)
         b_wu = tl.load(p_u + o_k[None, :], mask=m_w, other=0.0)
         b_x = tl.load(p_x + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
-        b_g = kda_dot(b_x, tl.trans(b_wg), b_g, gate_up.dtype.element_ty, "ieee", UPCAST)
-        b_u = kda_dot(b_x, tl.trans(b_wu), b_u, gate_up.dtype.element_ty, "ieee", UPCAST)
-    b_h = b_g * kda_sigmoid(b_g) * b_u
+        b_g = rounded_dot(b_x, tl.trans(b_wg), b_g, gate_up.dtype.element_ty, "ieee", UPCAST)
+        b_u = rounded_dot(b_x, tl.trans(b_wu), b_u, gate_up.dtype.element_ty, "ieee", UPCAST)
+    b_h = b_g * sigmoid(b_g) * b_u
     tl.store(h + b_row[:, None] * I + o_n[None, :], b_h.to(h.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
@@ -115,7 +115,7 @@ def decode_grouped_down_kernel(
         m_k = o_k < I
         b_w = tl.load(p_w + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)
         b_h = tl.load(p_h + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
-        b_z = kda_dot(b_h, tl.trans(b_w), b_z, down.dtype.element_ty, "ieee", UPCAST)
+        b_z = rounded_dot(b_h, tl.trans(b_w), b_z, down.dtype.element_ty, "ieee", UPCAST)
     tl.store(z + b_row[:, None] * D + o_n[None, :], b_z.to(z.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 

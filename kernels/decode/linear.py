@@ -20,7 +20,7 @@ the previous launch is complete. No program ends before it has waited, so all ea
 
 import torch
 
-from ..gpu.arithmetic import kda_dot, kda_sigmoid
+from ..gpu.arithmetic import rounded_dot, sigmoid
 from ..gpu.launching import overlap_options
 from ..gpu.sizes import padded
 from .configs import GemvConfig, SkinnyConfig
@@ -103,7 +103,7 @@ def decode_input(x, norm_weight, o_k, COLUMNS: tl.constexpr, HAS_NORM: tl.conste
     """
     b_x = tl.load(x + o_k, mask=o_k < COLUMNS, other=0.0).to(tl.float32)
     if GATED:
-        b_x *= kda_sigmoid(b_x) * tl.load(x + COLUMNS + o_k, mask=o_k < COLUMNS, other=0.0).to(tl.float32)
+        b_x *= sigmoid(b_x) * tl.load(x + COLUMNS + o_k, mask=o_k < COLUMNS, other=0.0).to(tl.float32)
     b_xx = b_x * b_x
     if HAS_NORM:
         b_x *= tl.load(norm_weight + o_k, mask=o_k < COLUMNS, other=0.0).to(tl.float32)
@@ -240,7 +240,7 @@ def decode_skinny_kernel(
         m_x = m_m[:, None] & m_k[None, :]
         b_w = tl.load(p_w + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)
         b_x = tl.load(p_x + o_k[None, :], mask=m_x, other=0.0)
-        b_y = kda_dot(b_x, tl.trans(b_w), b_y, w.dtype.element_ty, "ieee", UPCAST)
+        b_y = rounded_dot(b_x, tl.trans(b_w), b_y, w.dtype.element_ty, "ieee", UPCAST)
     o_y = o_m.to(tl.int64)[:, None] * stride_y + (y_col + o_n)[None, :]
     m_y = m_m[:, None] & m_n[None, :]
     if HAS_RESIDUAL:

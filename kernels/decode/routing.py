@@ -14,7 +14,7 @@ token * TOPK + choice, are laid out expert by expert in blocks of BM, each block
 
 import torch
 
-from ..gpu.arithmetic import kda_sigmoid
+from ..gpu.arithmetic import sigmoid
 from ..gpu.launching import overlap_options
 from ..gpu.sizes import padded, power_of_two
 
@@ -29,7 +29,7 @@ except ImportError:
 def decode_topk(p_logits, bias, E: tl.constexpr, BE: tl.constexpr, TOPK: tl.constexpr, BT: tl.constexpr):
     """Experts of the TOPK choices, int32 [BT], best first; 0 after them."""
     o_e, o_t = tl.arange(0, BE), tl.arange(0, BT)
-    b_c = kda_sigmoid(tl.load(p_logits + o_e, mask=o_e < E, other=0.0))
+    b_c = sigmoid(tl.load(p_logits + o_e, mask=o_e < E, other=0.0))
     b_c += tl.load(bias + o_e, mask=o_e < E, other=0.0).to(tl.float32)
     # The bits of a float, the lower ones flipped for negative ones, compare like the float; maxima of 32-bit integers
     # are one instruction a warp. A choice is the largest score, then the lowest expert that has it.
@@ -53,7 +53,7 @@ def decode_store_choice(
 ):  # fmt: skip
     """Store the chosen experts and their weights."""
     o_t = tl.arange(0, BT)
-    b_w = kda_sigmoid(tl.load(p_logits + b_chosen))
+    b_w = sigmoid(tl.load(p_logits + b_chosen))
     if BIASED:
         b_w += tl.load(bias + b_chosen).to(tl.float32)
     b_w = tl.where(o_t < TOPK, b_w, 0.0)

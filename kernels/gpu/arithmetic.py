@@ -8,13 +8,13 @@ except ImportError:
 
 
 @triton.jit
-def kda_sigmoid(b_x):
+def sigmoid(b_x):
     """Logistic function in fp32; 0 at -inf."""
     return 1.0 / (1.0 + tl.exp2(b_x * -1.4426950408889634))
 
 
 @triton.jit
-def kda_dot(b_x, b_y, b_acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+def rounded_dot(b_x, b_y, b_acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """
     `b_acc + b_x @ b_y` with operands rounded to DTYPE and an fp32 sum.
 
@@ -30,7 +30,7 @@ def kda_dot(b_x, b_y, b_acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr, UPCAS
 
 
 @triton.jit
-def kda_operand(b_x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+def rounded_operand(b_x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """
     `b_x` as a product with operands of DTYPE and PRECISION sees it.
 

@@ -4,7 +4,7 @@ from functools import lru_cache
 
 import torch
 
-from .arithmetic import kda_dot
+from .arithmetic import rounded_dot
 
 try:
     import triton
@@ -33,7 +33,7 @@ def is_first_choice(device: torch.device) -> bool:
 
 def interpreted() -> bool:
     """Whether the kernels run in Triton's interpreter (TRITON_INTERPRET=1), which takes CPU tensors."""
-    return not isinstance(kda_dot, triton.JITFunction)
+    return not isinstance(rounded_dot, triton.JITFunction)
 
 
 def fused_path_serves(*tensors: torch.Tensor | None) -> bool:

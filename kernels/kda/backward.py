@@ -5,12 +5,13 @@ The forward keeps its inputs and, for long prompts, the state before each segmen
 segments from the last to the first. Of each it computes stage 1 of the forward again (intra), then the states at all
 chunks' borders and, in the same launch, their gradients (backward_scan), then chunk by chunk the gradients of the
 products inside (backward_pairs) and everything else (backward_rest). benchmarks/kda_backward_notes.md counts the bytes
-behind this choice.
+for which this was chosen.
 
 Seam for context parallelism: a rank that holds a stretch of tokens needs the state before it (`initial_state`) and the
 gradient of the state after it (`dstate`), and gives back the state after it and the gradient of the state before it.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,7 @@ from .backward_pairs import kda_pairs_bwd
 from .backward_rest import kda_rest_bwd
 from .backward_scan import kda_scan_bwd
 from .configs import CHUNK, intra_config, pairs_config, rest_config, scan_config
-from .index import kda_index_fwd
+from .index import Segment, kda_index_fwd
 from .intra import intra_tiles, kda_intra_fwd
 
 _NAMESPACE = operator_namespace("kda", __name__)
@@ -63,19 +64,16 @@ def _gradients(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return dq, dk, dv, dg, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
 
 
-def _plan(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tuple[list[tuple[Any, ...]], int, int]:
-    """
-    Segments, each as its first token of each row, chunks of each row, 0 (its first entry in the tiles) and None, or for
-    a pack 0, all chunks, 0 and index; the number of all chunks; and that of the largest segment.
-    """
+def _plan(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tuple[list[Segment], int, int]:
+    """The segments, the number of all chunks, and that of the largest segment."""
     B, T = q.shape[:2]
     if cu_seqlens is not None:
         index = (cu_seqlens, *kda_index_fwd(cu_seqlens, T, CHUNK))
         NC = index[-1].numel()
-        return [(0, NC, 0, index)], NC, NC
+        return [Segment(0, NC, index=index)], NC, NC
     length = segment_length(B)
-    segments = [(t, -(-min(length, T - t) // CHUNK), 0, None) for t in range(0, max(T, 1), length)]
-    return segments, B * -(-T // CHUNK), B * segments[0][1]
+    segments = [Segment(t, -(-min(length, T - t) // CHUNK)) for t in range(0, max(T, 1), length)]
+    return segments, B * -(-T // CHUNK), B * segments[0].NT
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::chunk_kda_bwd", mutates_args=())
@@ -106,16 +104,20 @@ def _chunk_kda_bwd(
     do = do.contiguous()
     dstate = None if dstate is None else dstate.float().contiguous()
 
-    def stages(state: torch.Tensor | None, dstate: torch.Tensor | None, *segment: Any) -> tuple[Any, Any, Any, Any]:
-        first_sum = q.shape[0] * (segment[0] // CHUNK)
+    def stages(
+        state: torch.Tensor | None, dstate: torch.Tensor | None, segment: Segment
+    ) -> tuple[Callable[..., None], ...]:
+        first_sum = q.shape[0] * (segment.t_begin // CHUNK)
+        where = {"segment": segment, "tiles": tiles, "upcast": upcast}
+        whole = {**where, "borders": borders}
+        states = {"state_in": state, "dstate_out": dstate, "dstate_in": dstate_in}
+        parts = {**whole, "gradients": gradients}
         return (
-            partial(kda_intra_fwd, q, k, g, beta, A_log, dt_bias, scale, *segment, tiles, intra, upcast),
-            partial(kda_scan_bwd, v, do, dv, borders, state, dstate, dstate_in, *segment, tiles, scan, upcast),
-            partial(kda_pairs_bwd, q, k, v, g, A_log, dt_bias, o, do, gradients, scale, *segment,
-                    tiles, borders, pairs, upcast),
-            partial(kda_rest_bwd, q, k, g, A_log, dt_bias, do, gradients, sums, first_sum, *segment,
-                    tiles, borders, rest, upcast),
-        )  # fmt: skip
+            partial(kda_intra_fwd, q, k, g, beta, A_log, dt_bias, scale=scale, config=intra, **where),
+            partial(kda_scan_bwd, v, do, dv, config=scan, **states, **whole),
+            partial(kda_pairs_bwd, q, k, v, g, A_log, dt_bias, o, do, scale=scale, config=pairs, **parts),
+            partial(kda_rest_bwd, q, k, g, A_log, dt_bias, do, sums=sums, first_sum=first_sum, config=rest, **parts),
+        )
 
     with launching_on(device):
         segments, NC, held = _plan(q, cu_seqlens)
@@ -124,7 +126,7 @@ def _chunk_kda_bwd(
         dv = gradients[2]
         if N * H > 0:
             kind = ("backward", device, H, K, V, q.dtype, A_log.dtype, dt_bias.dtype, cu_seqlens is None)
-            compiles = stages(None, None, *segments[0])
+            compiles = stages(None, None, segments[0])
             compile_side_by_side(kind, device, *(partial(stage, compile_only=True) for stage in compiles))
         if cu_seqlens is not None:
             # Tokens outside every sequence (before the first, after the last) have no gradient.
@@ -132,7 +134,7 @@ def _chunk_kda_bwd(
                 x.zero_()
         for i in reversed(range(len(segments) if N * H > 0 else 0)):
             state = segment_states[i - 1] if i > 0 else initial_state
-            intra_stage, scan_stage, *last_stages = stages(state, dstate, *segments[i])
+            intra_stage, scan_stage, *last_stages = stages(state, dstate, segments[i])
             for stage in (intra_stage, scan_stage, *last_stages) if NC > 0 else (scan_stage,):
                 stage()
             dstate = dstate_in

@@ -17,12 +17,12 @@ left in these for stage 4 (see backward_wild); other channels' places stay as th
 
 import torch
 
-from ..gpu.arithmetic import kda_dot, kda_operand
+from ..gpu.arithmetic import rounded_dot, rounded_operand
 from ..gpu.launching import launch, launch_options
 from ..gpu.sizes import alignment
 from .backward_wild import FLOOR, kda_wild_slice_bwd
 from .configs import KdaPairsConfig
-from .index import kda_chunk_place
+from .index import Segment, kda_chunk_place
 from .wild import BASE
 
 try:
@@ -78,8 +78,8 @@ def kda_pairs_bwd_kernel(
         b_u = tl.trans(tl.load(u + o_c[:, None] * VP + o_v[None, :]))
         b_do = tl.load(do + o_tv, mask=m_tv, other=0.0)
         b_dv = tl.load(dv + o_tv, mask=m_tv, other=0.0)
-        b_dA = kda_dot(b_do, b_u, b_dA, DTYPE, PRECISION, UPCAST)
-        b_dP = kda_dot(b_dv, b_u, b_dP, DTYPE, PRECISION, UPCAST)
+        b_dA = rounded_dot(b_do, b_u, b_dA, DTYPE, PRECISION, UPCAST)
+        b_dP = rounded_dot(b_dv, b_u, b_dP, DTYPE, PRECISION, UPCAST)
         b_qq += tl.sum(b_do.to(tl.float32) * tl.load(o + o_tv, mask=m_tv, other=0.0).to(tl.float32), axis=1)
         b_v = tl.load(v + o_c[:, None] * stride_vt + o_v[None, :] * stride_vv, mask=m_tv, other=0.0)
         b_vv += tl.sum(b_dv.to(tl.float32) * b_v.to(tl.float32), axis=1)
@@ -92,8 +92,8 @@ def kda_pairs_bwd_kernel(
     tl.store(radial + C + o_c, 2.0 * b_error - b_vv)
     tl.store(rows + 2 * C + o_c, tl.sum(tl.where(m_diagonal, b_dA, 0.0), axis=1))
     m_lower = o_c[:, None] > o_c[None, :]
-    b_dA = kda_operand(tl.where(m_lower, b_dA, 0.0), DTYPE, PRECISION)
-    b_dP = kda_operand(tl.where(m_lower, -b_dP, 0.0), DTYPE, PRECISION)
+    b_dA = rounded_operand(tl.where(m_lower, b_dA, 0.0), DTYPE, PRECISION)
+    b_dP = rounded_operand(tl.where(m_lower, -b_dP, 0.0), DTYPE, PRECISION)
     o_cc = i_tile * (C * C) + o_c[:, None] * C + o_c[None, :]
     tl.store(A + o_cc, b_dA)
     tl.store(M + o_cc, b_dP)
@@ -124,12 +124,10 @@ def kda_pairs_bwd(
     dt_bias: torch.Tensor,
     o: torch.Tensor,
     do: torch.Tensor,
+    *,
     gradients: tuple[torch.Tensor, ...],
     scale: float,
-    t_begin: int,
-    NT: int,
-    first: int,
-    index: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    segment: Segment,
     tiles: tuple[torch.Tensor, ...],
     borders: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
     config: KdaPairsConfig,
@@ -141,20 +139,20 @@ def kda_pairs_bwd(
     ...] in the tiles' dtype, dbeta fp32; dv is read), the places of A, M and scale q.k in `tiles`, and `radial` of
     `borders`. o and do are contiguous [B, T, H, V].
 
-    Chunks, index and tiles as in kda_intra_fwd, borders as in kda_scan_bwd. compile_only: launch nothing (see
+    Segment and tiles as in kda_intra_fwd, borders as in kda_scan_bwd. compile_only: launch nothing (see
     `launch`).
     """
     (B, T, H, K), V, (C, BK) = q.shape, do.shape[-1], tiles[0].shape[2:]
     dq, dk, dv, dg, dbeta = gradients
     _, _, u, radial = borders
-    NS = C.bit_length() - 1
+    NT, index, NS = segment.NT, segment.index, C.bit_length() - 1
     launch(
         kda_pairs_bwd_kernel, (B * NT if index is None else index[-1].numel(), H), compile_only,
         q, k, v, g, o, do, dv,
         u, radial, *tiles[3:], A_log, dt_bias,
         dq, dk, dg, dbeta,
         *(index or (None, None, None)),
-        scale**-2 if scale else 0.0, T, NT, t_begin, first,
+        scale**-2 if scale else 0.0, T, NT, segment.t_begin, segment.first,
         *q.stride(), *k.stride(), *v.stride(), *g.stride(),
         ALIGN=alignment(q, k, v, g), H=H, K=K, V=V,
         BK=BK, BV=min(config.BV, u.shape[3]), VP=u.shape[3], BKW=config.BKW, C=C, NS=NS,

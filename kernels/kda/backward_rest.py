@@ -22,12 +22,12 @@ Sums over all tokens (dA_log, ddt_bias) leave as one entry per chunk; the caller
 
 import torch
 
-from ..gpu.arithmetic import kda_dot, kda_operand
+from ..gpu.arithmetic import rounded_dot, rounded_operand
 from ..gpu.launching import launch, launch_options
 from ..gpu.sizes import alignment
 from .configs import KdaRestConfig
 from .gate import kda_gate_log2_scaled
-from .index import kda_chunk_place
+from .index import Segment, kda_chunk_place
 
 try:
     import triton
@@ -57,9 +57,9 @@ def kda_value_products(
         b_do = tl.trans(tl.load(do + o_tv, mask=m_tv, other=0.0))
         b_dv = tl.trans(tl.load(dv + o_tv, mask=m_tv, other=0.0))
         b_u = tl.trans(tl.load(u + o_c[:, None] * VP + o_v[None, :]))
-        b_q = kda_dot(b_s, b_do, b_q, DTYPE, PRECISION, UPCAST)
-        b_k = kda_dot(b_s, b_dv, b_k, DTYPE, PRECISION, UPCAST)
-        b_g = kda_dot(b_ds, b_u, b_g, DTYPE, PRECISION, UPCAST)
+        b_q = rounded_dot(b_s, b_do, b_q, DTYPE, PRECISION, UPCAST)
+        b_k = rounded_dot(b_s, b_dv, b_k, DTYPE, PRECISION, UPCAST)
+        b_g = rounded_dot(b_ds, b_u, b_g, DTYPE, PRECISION, UPCAST)
         b_kept += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32), axis=1)
     return b_q, b_k, b_g, b_kept
 
@@ -78,11 +78,11 @@ def kda_columns(b_x, o_c, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
 
     The product with 1 leaves bf16 as it is and brings it to where the other products' results are (registers of
     tensor cores), so that all that follows is computed there. Its operands come out of shared memory as they lie:
-    loaded transposed instead, Triton 3.6 reads behind the tile (sm_90, 64 channels, 4 warps).
+    loaded transposed instead, Triton 3.6 reads past the tile's end (sm_90, 64 channels, 4 warps).
     """
     if tl.bfloat16 == DTYPE:
         b_one = tl.where(o_c[:, None] == o_c[None, :], 1.0, 0.0)
-        return kda_dot(tl.trans(b_x), b_one, None, DTYPE, "tf32", UPCAST)
+        return rounded_dot(tl.trans(b_x), b_one, None, DTYPE, "tf32", UPCAST)
     return tl.trans(b_x.to(tl.float32))
 
 
@@ -171,30 +171,30 @@ def kda_rest_bwd_kernel(
     b_kept *= tl.exp2(b_total)
     m_tame = (b_wild >= 0)[:, None]
     b_k = kda_columns(b_k, o_c, DTYPE, UPCAST) * tl.load(rows + C + o_c)[None, :]
-    b_xg = kda_operand(b_k * tl.exp2(b_down), DTYPE, PRECISION)
+    b_xg = rounded_operand(b_k * tl.exp2(b_down), DTYPE, PRECISION)
     b_x *= b_e
     b_before = b_xg.to(tl.float32) * b_x
     b_tame = tl.where(m_tame, b_xg, 0.0)
-    b_dq = kda_dot(b_tame, tl.trans(b_dA), b_dq * b_e, DTYPE, PRECISION, UPCAST)
-    b_dk = kda_dot(b_tame, tl.trans(b_dP), b_dk * -b_e, DTYPE, PRECISION, UPCAST)
+    b_dq = rounded_dot(b_tame, tl.trans(b_dA), b_dq * b_e, DTYPE, PRECISION, UPCAST)
+    b_dk = rounded_dot(b_tame, tl.trans(b_dP), b_dk * -b_e, DTYPE, PRECISION, UPCAST)
     if SUFFIX_SCAN:
         b_dg = b_before
     else:
         b_kept += tl.sum(b_before, axis=1)
-    b_xk = kda_operand(b_k * tl.exp2(b_up), DTYPE, PRECISION)
+    b_xk = rounded_operand(b_k * tl.exp2(b_up), DTYPE, PRECISION)
     b_pairs = b_xk.to(tl.float32) * b_dk
-    b_x = kda_dot(tl.where(m_tame, b_xk, 0.0), b_dP, b_x, DTYPE, PRECISION, UPCAST)
+    b_x = rounded_dot(tl.where(m_tame, b_xk, 0.0), b_dP, b_x, DTYPE, PRECISION, UPCAST)
     b_q = kda_columns(b_q, o_c, DTYPE, UPCAST) * tl.load(rows + o_c)[None, :]
-    b_xq = kda_operand(b_q * tl.exp2(b_up), DTYPE, PRECISION)
+    b_xq = rounded_operand(b_q * tl.exp2(b_up), DTYPE, PRECISION)
     b_pairs += b_xq.to(tl.float32) * b_dq
-    b_x = kda_dot(tl.where(m_tame, b_xq, 0.0), b_dA, b_x, DTYPE, PRECISION, UPCAST)
+    b_x = rounded_dot(tl.where(m_tame, b_xq, 0.0), b_dA, b_x, DTYPE, PRECISION, UPCAST)
     if SUFFIX_SCAN:
         b_pairs -= b_xg.to(tl.float32) * b_x
         b_dg = tl.cumsum(b_pairs + b_dg, axis=1, reverse=True) + tl.cumsum(b_dg, axis=1) - b_dg + b_kept[:, None]
     else:
         # exp2(b_down) and b_xg, written so that the compiler forms them again instead of keeping registers busy.
         b_again = tl.exp2(-(b_up - tl.where(m_wild, b_total, 0.0)[:, None]))
-        b_pairs -= kda_operand(b_k * b_again, DTYPE, PRECISION).to(tl.float32) * b_x
+        b_pairs -= rounded_operand(b_k * b_again, DTYPE, PRECISION).to(tl.float32) * b_x
         b_dg = (tl.sum(b_pairs, axis=1) + b_kept)[:, None] - (tl.cumsum(b_pairs, axis=1) - b_pairs)
     m_wkt = m_kt & m_wild[:, None]
     if n_wild > 0:
@@ -236,13 +236,11 @@ def kda_rest_bwd(
     A_log: torch.Tensor,
     dt_bias: torch.Tensor,
     do: torch.Tensor,
+    *,
     gradients: tuple[torch.Tensor, ...],
     sums: tuple[torch.Tensor, torch.Tensor],
     first_sum: int,
-    t_begin: int,
-    NT: int,
-    first: int,
-    index: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    segment: Segment,
     tiles: tuple[torch.Tensor, ...],
     borders: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
     config: KdaRestConfig,
@@ -253,12 +251,13 @@ def kda_rest_bwd(
     Write dq, dk, dg of `gradients` = dq, dk, dv, dg, dbeta (contiguous [B, T, H, ...] in the tiles' dtype; dv is read)
     and the entries from `first_sum` on of `sums` = dA_log [., H, KP / BK], ddt_bias [., H, K], fp32.
 
-    Chunks, index and tiles as in kda_intra_fwd, borders as in kda_scan_bwd, all as stage 3 left them. compile_only:
+    Segment and tiles as in kda_intra_fwd, borders as in kda_scan_bwd, all as stage 3 left them. compile_only:
     launch nothing (see `launch`).
     """
     (B, T, H, K), V, (C, KP) = q.shape, do.shape[-1], tiles[0].shape[2:]
     dq, dk, dv, dg, _ = gradients
     _, _, _, decay, dA, dP, _, rows = tiles
+    NT, index = segment.NT, segment.index
     NC = B * NT if index is None else index[-1].numel()
     launch(
         kda_rest_bwd_kernel, (NC * (KP // config.BK), H), compile_only,
@@ -266,7 +265,7 @@ def kda_rest_bwd(
         *borders, decay, dA, dP, rows, A_log, dt_bias,
         dq, dk, dg, *sums,
         *(index or (None, None, None)),
-        T, NT, t_begin, first, first_sum,
+        T, NT, segment.t_begin, segment.first, first_sum,
         *q.stride(), *k.stride(), *g.stride(),
         ALIGN=alignment(q, k, g), H=H, K=K, V=V,
         KP=KP, BK=config.BK, BV=config.BV, VP=borders[0].shape[3], C=C,

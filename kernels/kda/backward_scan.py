@@ -19,10 +19,11 @@ No exponent is formed here: every factor of the tiles is an exp2 of a sum of log
 
 import torch
 
-from ..gpu.arithmetic import kda_dot
+from ..gpu.arithmetic import rounded_dot
 from ..gpu.launching import launch, launch_options
 from ..gpu.sizes import alignment
 from .configs import KdaInterConfig
+from .index import Segment
 
 try:
     import triton
@@ -51,10 +52,10 @@ def kda_states_half(
         b_decay = tl.load(decay + o_k)
 
         b_s1 = b_s.to(DTYPE)
-        b_r = kda_dot(b_s1, tl.trans(b_xk), None, DTYPE, PRECISION, UPCAST)
-        b_u = kda_dot(tl.trans(b_v), tl.trans(b_M), None, DTYPE, PRECISION, UPCAST)
-        b_u = kda_dot(b_r, tl.trans(b_M), b_u, DTYPE, PRECISION, UPCAST).to(DTYPE)
-        b_s = kda_dot(b_u, b_xg, b_s * b_decay[None, :], DTYPE, PRECISION, UPCAST)
+        b_r = rounded_dot(b_s1, tl.trans(b_xk), None, DTYPE, PRECISION, UPCAST)
+        b_u = rounded_dot(tl.trans(b_v), tl.trans(b_M), None, DTYPE, PRECISION, UPCAST)
+        b_u = rounded_dot(b_r, tl.trans(b_M), b_u, DTYPE, PRECISION, UPCAST).to(DTYPE)
+        b_s = rounded_dot(b_u, b_xg, b_s * b_decay[None, :], DTYPE, PRECISION, UPCAST)
         tl.store(states + o_k[None, :] * VP + o_v[:, None], b_s1)
         tl.store(u + o_c[None, :] * VP + o_v[:, None], b_u)
 
@@ -103,11 +104,11 @@ def kda_gradients_half(
         b_decay = tl.load(decay + o_k)
 
         b_ds1 = b_ds.to(DTYPE)
-        b_du = kda_dot(tl.trans(b_do), b_A, None, DTYPE, PRECISION, UPCAST)
-        b_du = kda_dot(b_ds1, tl.trans(b_xg), b_du, DTYPE, PRECISION, UPCAST).to(DTYPE)
-        b_dv = kda_dot(b_du, b_M, None, DTYPE, PRECISION, UPCAST).to(DTYPE)
-        b_ds = kda_dot(tl.trans(b_do), b_xq, b_ds * b_decay[None, :], DTYPE, PRECISION, UPCAST)
-        b_ds = kda_dot(b_dv, b_xk, b_ds, DTYPE, PRECISION, UPCAST)
+        b_du = rounded_dot(tl.trans(b_do), b_A, None, DTYPE, PRECISION, UPCAST)
+        b_du = rounded_dot(b_ds1, tl.trans(b_xg), b_du, DTYPE, PRECISION, UPCAST).to(DTYPE)
+        b_dv = rounded_dot(b_du, b_M, None, DTYPE, PRECISION, UPCAST).to(DTYPE)
+        b_ds = rounded_dot(tl.trans(b_do), b_xq, b_ds * b_decay[None, :], DTYPE, PRECISION, UPCAST)
+        b_ds = rounded_dot(b_dv, b_xk, b_ds, DTYPE, PRECISION, UPCAST)
         tl.store(dstates + o_k[None, :] * VP + o_v[:, None], b_ds1)
         tl.store(dv + o_tv, tl.trans(b_dv), mask=m_tv)
 
@@ -193,15 +194,13 @@ def kda_scan_bwd(
     v: torch.Tensor,
     do: torch.Tensor,
     dv: torch.Tensor,
-    borders: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    *,
     state_in: torch.Tensor | None,
     dstate_out: torch.Tensor | None,
     dstate_in: torch.Tensor,
-    t_begin: int,
-    NT: int,
-    first: int,
-    index: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    segment: Segment,
     tiles: tuple[torch.Tensor, ...],
+    borders: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
     config: KdaInterConfig,
     upcast: bool,
     compile_only: bool = False,
@@ -210,22 +209,23 @@ def kda_scan_bwd(
     Fill states, dstates [NC, H, BK, VP] and u [NC, H, C, VP] of `borders` = states, dstates, u, radial, and write dv
     and dstate_in.
 
-    Chunks, index and tiles as in kda_inter_fwd; v [B, T, H, V] by strides; do and dv (in the tiles' dtype) contiguous
+    Segment and tiles as in kda_inter_fwd; v [B, T, H, V] by strides; do and dv (in the tiles' dtype) contiguous
     [B, T, H, V]; states [N, H, K, V] contiguous fp32. compile_only: launch nothing (see `launch`).
     """
     (xq, xk, xg, decay, A, M), (N, H, K, V) = tiles[:6], dstate_in.shape
-    cu_seqlens, chunk_offsets, _ = index or (None, None, None)
+    cu_seqlens, chunk_offsets, _ = segment.index or (None, None, None)
     launch(
         kda_scan_bwd_kernel, (2 * (borders[0].shape[3] // config.BV) * N * H,), compile_only,
         xq, xk, xg, decay, A, M, v, do, dv,
         *borders[:3],
         dstate_in if state_in is None else state_in, dstate_in if dstate_out is None else dstate_out, dstate_in,
         cu_seqlens, chunk_offsets,
-        int(state_in is not None), int(dstate_out is not None), v.shape[1], NT, t_begin, first,
+        int(state_in is not None), int(dstate_out is not None), v.shape[1],
+        segment.NT, segment.t_begin, segment.first,
         *v.stride(),
         ALIGN=alignment(v), H=H, K=K, V=V,
         BK=xq.shape[-1], BV=config.BV, VP=borders[0].shape[3], C=A.shape[-1],
         DTYPE=tl.bfloat16 if xq.dtype == torch.bfloat16 else tl.float32, PRECISION=config.precision,
-        PACKED=index is not None, UPCAST=upcast, STAGES=config.num_stages,
+        PACKED=segment.index is not None, UPCAST=upcast, STAGES=config.num_stages,
         **launch_options(config),
     )  # fmt: skip

@@ -14,7 +14,7 @@ the gate of i doesn't decay enters, so nothing cancels. Inside the blocks of 2^B
 terms that belong to an upper and, negated, to a lower token; operands are rounded before, so both are the same to fp32.
 """
 
-from ..gpu.arithmetic import kda_dot, kda_operand
+from ..gpu.arithmetic import rounded_dot, rounded_operand
 from .gate import kda_gate_log2
 from .wild import kda_token_sums
 
@@ -38,15 +38,15 @@ def kda_block_bwd(
     m_n = (o_i >> BASE) == (o_j >> BASE)
     b_G = kda_token_sums(b_hi, b_lo, tl.where(m_n, tl.where(o_j <= o_i, 0.5, -0.5), 0.0))
     b_up, b_down = tl.exp2(b_G), tl.exp2(-b_G)
-    b_xq = kda_operand(b_q * b_up, DTYPE, PRECISION)
-    b_xk = kda_operand(b_k * b_up, DTYPE, PRECISION)
-    b_xg = kda_operand(b_k * b_down, DTYPE, PRECISION)
+    b_xq = rounded_operand(b_q * b_up, DTYPE, PRECISION)
+    b_xk = rounded_operand(b_k * b_up, DTYPE, PRECISION)
+    b_xg = rounded_operand(b_k * b_down, DTYPE, PRECISION)
     b_dA = tl.where(m_n, b_dA, 0.0)
     b_dP = tl.where(m_n, b_dP, 0.0)
-    b_aq = kda_dot(b_dA, b_xg, None, DTYPE, PRECISION, UPCAST)
-    b_ak = kda_dot(b_dP, b_xg, None, DTYPE, PRECISION, UPCAST)
-    b_bk = kda_dot(tl.trans(b_dA), b_xq, None, DTYPE, PRECISION, UPCAST)
-    b_bk = kda_dot(tl.trans(b_dP), b_xk, b_bk, DTYPE, PRECISION, UPCAST)
+    b_aq = rounded_dot(b_dA, b_xg, None, DTYPE, PRECISION, UPCAST)
+    b_ak = rounded_dot(b_dP, b_xg, None, DTYPE, PRECISION, UPCAST)
+    b_bk = rounded_dot(tl.trans(b_dA), b_xq, None, DTYPE, PRECISION, UPCAST)
+    b_bk = rounded_dot(tl.trans(b_dP), b_xk, b_bk, DTYPE, PRECISION, UPCAST)
     b_x = b_xq.to(tl.float32) * b_aq + b_xk.to(tl.float32) * b_ak - b_xg.to(tl.float32) * b_bk
     return b_up * b_aq, b_up * b_ak + b_down * b_bk, tl.cumsum(b_x, axis=0, reverse=True)
 
@@ -68,20 +68,20 @@ def kda_levels_bwd(
         b_between = tl.where(m_half & tl.where(m_upper, o_j <= o_i, o_j > o_i), 1.0, 0.0)
         b_f = tl.exp2(kda_token_sums(b_hi, b_lo, b_between))
         m_pairs = (((o_i ^ o_j) >> s) == 1) & m_upper
-        b_xq = kda_operand(b_q * b_f, DTYPE, PRECISION)
-        b_xk = kda_operand(b_k * b_f, DTYPE, PRECISION)
+        b_xq = rounded_operand(b_q * b_f, DTYPE, PRECISION)
+        b_xk = rounded_operand(b_k * b_f, DTYPE, PRECISION)
         b_dA1 = tl.where(m_pairs, b_dA, 0.0)
         b_dP1 = tl.where(m_pairs, b_dP, 0.0)
-        b_aq = kda_dot(b_dA1, b_xk, None, DTYPE, PRECISION, UPCAST)
-        b_ak = kda_dot(b_dP1, b_xk, None, DTYPE, PRECISION, UPCAST)
-        b_bk = kda_dot(tl.trans(b_dA1), b_xq, None, DTYPE, PRECISION, UPCAST)
-        b_bk = kda_dot(tl.trans(b_dP1), b_xk, b_bk, DTYPE, PRECISION, UPCAST)
+        b_aq = rounded_dot(b_dA1, b_xk, None, DTYPE, PRECISION, UPCAST)
+        b_ak = rounded_dot(b_dP1, b_xk, None, DTYPE, PRECISION, UPCAST)
+        b_bk = rounded_dot(tl.trans(b_dA1), b_xq, None, DTYPE, PRECISION, UPCAST)
+        b_bk = rounded_dot(tl.trans(b_dP1), b_xk, b_bk, DTYPE, PRECISION, UPCAST)
         b_dq += b_f * b_aq
         b_dk += b_f * (b_ak + b_bk)
         # b_aq, b_ak are 0 in lower halves and b_bk in upper ones.
         b_x = b_xq.to(tl.float32) * b_aq + b_xk.to(tl.float32) * (b_ak + b_bk)
         b_across = tl.where(m_half & tl.where(m_upper, o_j >= o_i, o_j < o_i), 1.0, 0.0)
-        b_dg = kda_dot(b_across, b_x, b_dg, DTYPE, PRECISION, UPCAST)
+        b_dg = rounded_dot(b_across, b_x, b_dg, DTYPE, PRECISION, UPCAST)
     return b_dq, b_dk, b_dg
 
 

@@ -73,7 +73,7 @@ def kda(
     """Kimi Delta Attention over new tokens, from raw projections.
 
     Args:
-        q, k: [B, T, H, K], behind their convolutions, not normalised.
+        q, k: [B, T, H, K], after their convolutions, not normalised.
         v: [B, T, H, V].
         g: [B, T, H, K] raw gate logits; the log decay is -exp(A_log) * softplus(g + dt_bias). -inf means no decay.
         beta: [B, T, H] raw logits of the writing strength. -inf means nothing is written.
@@ -133,7 +133,7 @@ def step_kda(
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """A few tokens from cached state, one after the other: convolutions, gate, recurrence and gated norm.
 
-    The bits of the state behind a token do not depend on the tokens that follow, nor on how calls were split.
+    The bits of the state after a token do not depend on the tokens that follow, nor on how calls were split.
 
     Args:
         q, k, v, f, beta, gate, conv_weights, window, A_log, dt_bias, norm_weight, norm_eps, state, lengths: as

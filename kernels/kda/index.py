@@ -7,6 +7,8 @@ Sequence n covers tokens cu_seqlens[n] .. cu_seqlens[n+1] and is cut into ceil(l
     chunk_seq[c]     = n of the c-th chunk of all, -1 after the last one     int32 [floor(T / C) + N]
 """
 
+from dataclasses import dataclass
+
 import torch
 
 try:
@@ -14,6 +16,27 @@ try:
     import triton.language as tl
 except ImportError:
     from ..gpu.optional_triton import tl, triton
+
+
+@dataclass(frozen=True)
+class Segment:
+    """
+    The chunks that one launch of a stage takes, and where their tiles are.
+
+    Without `index` they are the NT chunks of every batch row that begin at token `t_begin`, row by row. With it they
+    are chunks t_begin .. t_begin + NT of all packed sequences, counted together.
+
+    Args:
+        t_begin: first token of each row, or first chunk of a pack.
+        NT: chunks of each row, or of the pack.
+        first: the entry of the tiles where these chunks' begin.
+        index: (cu_seqlens, chunk_offsets, chunk_seq) of a pack (see kda_index_fwd).
+    """
+
+    t_begin: int
+    NT: int
+    first: int = 0
+    index: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
 
 @triton.jit

@@ -17,10 +17,11 @@ exact. Products take operands in the inputs' dtype and sum in fp32; the state it
 
 import torch
 
-from ..gpu.arithmetic import kda_dot
+from ..gpu.arithmetic import rounded_dot
 from ..gpu.launching import launch, launch_options
 from ..gpu.sizes import alignment
 from .configs import KdaInterConfig
+from .index import Segment
 
 try:
     import triton
@@ -106,12 +107,12 @@ def kda_inter_fwd_kernel(
         b_decay = tl.load(decay + o_k)
 
         b_s1 = b_s.to(DTYPE)
-        b_r = kda_dot(b_s1, tl.trans(b_xk), None, DTYPE, PRECISION, UPCAST)
-        b_u = kda_dot(tl.trans(b_v), tl.trans(b_M), None, DTYPE, PRECISION, UPCAST)
-        b_u = kda_dot(b_r, tl.trans(b_M), b_u, DTYPE, PRECISION, UPCAST).to(DTYPE)
-        b_o = kda_dot(b_s1, tl.trans(b_xq), None, DTYPE, PRECISION, UPCAST)
-        b_s = kda_dot(b_u, b_xg, b_s * b_decay[None, :], DTYPE, PRECISION, UPCAST)
-        b_o = kda_dot(b_u, tl.trans(b_A), b_o, DTYPE, PRECISION, UPCAST)
+        b_r = rounded_dot(b_s1, tl.trans(b_xk), None, DTYPE, PRECISION, UPCAST)
+        b_u = rounded_dot(tl.trans(b_v), tl.trans(b_M), None, DTYPE, PRECISION, UPCAST)
+        b_u = rounded_dot(b_r, tl.trans(b_M), b_u, DTYPE, PRECISION, UPCAST).to(DTYPE)
+        b_o = rounded_dot(b_s1, tl.trans(b_xq), None, DTYPE, PRECISION, UPCAST)
+        b_s = rounded_dot(b_u, b_xg, b_s * b_decay[None, :], DTYPE, PRECISION, UPCAST)
+        b_o = rounded_dot(b_u, tl.trans(b_A), b_o, DTYPE, PRECISION, UPCAST)
         p_o = o + o_c[:, None] * (H * V) + o_v[None, :]
         tl.store(p_o, tl.trans(b_o).to(o.dtype.element_ty), mask=m_tv)
 
@@ -129,27 +130,27 @@ def kda_inter_fwd_kernel(
 def kda_inter_fwd(
     v: torch.Tensor,
     o: torch.Tensor,
+    *,
     state_in: torch.Tensor | None,
     state_out: torch.Tensor | None,
-    t_begin: int,
-    NT: int,
-    first: int,
-    index: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    segment: Segment,
     tiles: tuple[torch.Tensor, ...],
     config: KdaInterConfig,
     upcast: bool,
     compile_only: bool = False,
 ) -> None:
     """
-    Write `o` for the chunks from entry `first` of `tiles` on (see kda_intra_fwd) and the states after them; `state_in`
-    may be `state_out` without `index`. With it, segments come in order, each with the same `state_in`.
+    Write `o` for the chunks of `segment`, whose `tiles` kda_intra_fwd has filled, and the states after them.
+
+    `state_in` may be `state_out` where nothing is packed. Segments of a pack come in order, each with the same
+    `state_in`.
 
     v [B, T, H, V] by strides, o [B, T, H, V] contiguous, states [N, H, K, V] contiguous fp32. compile_only: launch
     nothing (see `launch`). Without `state_out`, `state_in` is a table in device memory, int64, that begins with the
     address of the states of packed sequences with K = V; they are updated in place, those of empty sequences stay.
     """
     xq, xk, xg, decay, A, M = tiles[:6]
-    cu_seqlens, chunk_offsets, _ = index or (None, None, None)
+    cu_seqlens, chunk_offsets, _ = segment.index or (None, None, None)
     if state_out is None:
         N, H, K, V = cu_seqlens.shape[0] - 1, *o.shape[2:], o.shape[3]
     else:
@@ -159,11 +160,11 @@ def kda_inter_fwd(
         xq, xk, xg, decay, A, M, v, o,
         state_out if state_in is None else state_in, state_in if state_out is None else state_out,
         cu_seqlens, chunk_offsets,
-        int(state_in is not None), v.shape[1], NT, t_begin, first,
+        int(state_in is not None), v.shape[1], segment.NT, segment.t_begin, segment.first,
         *v.stride(),
         ALIGN=alignment(v), H=H, K=K, V=V,
         BK=xq.shape[-1], BV=config.BV, C=A.shape[-1],
         DTYPE=tl.bfloat16 if xq.dtype == torch.bfloat16 else tl.float32, PRECISION=config.precision,
-        PACKED=index is not None, UPCAST=upcast, STAGES=config.num_stages, HAS_TABLE=state_out is None,
+        PACKED=segment.index is not None, UPCAST=upcast, STAGES=config.num_stages, HAS_TABLE=state_out is None,
         **launch_options(config),
     )  # fmt: skip

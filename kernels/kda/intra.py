@@ -21,11 +21,11 @@ tiles (11 bits; the entries of M and L lie within [-1, 1] as |k| = 1, beta <= 1)
 
 import torch
 
-from ..gpu.arithmetic import kda_dot
+from ..gpu.arithmetic import rounded_dot
 from ..gpu.launching import launch, launch_options
 from ..gpu.sizes import alignment, padded
 from .configs import KdaIntraConfig
-from .index import kda_chunk_place
+from .index import Segment, kda_chunk_place
 from .tiles import SPAN, kda_tiles
 from .wild import BASE, FLOOR, kda_wild_slice
 
@@ -61,8 +61,8 @@ def kda_invert(b_L, o_c, NS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.co
     b_M = tl.where(o_c[:, None] == o_c[None, :], 1.0, -b_L * kda_level_places(o_c, 0))
     for s in tl.static_range(1, NS):
         # A product with 0 or 1: the compiler would round the sides of a select one by one.
-        b_Y = kda_dot(b_N, b_M, None, DTYPE, PRECISION, False) * kda_level_places(o_c, s)
-        b_M = kda_dot(b_M, b_Y, b_M, DTYPE, PRECISION, False)
+        b_Y = rounded_dot(b_N, b_M, None, DTYPE, PRECISION, False) * kda_level_places(o_c, s)
+        b_M = rounded_dot(b_M, b_Y, b_M, DTYPE, PRECISION, False)
     return b_M
 
 
@@ -113,8 +113,8 @@ def kda_intra_fwd_kernel(
         K, BK, C, NG, SPAN, SUFFIX_SCAN, DTYPE,
     )  # fmt: skip
     b_xg = tl.trans(b_xg)
-    b_L = kda_dot(b_xk, b_xg, None, DTYPE, PRECISION, UPCAST)
-    b_A = kda_dot(b_xq, b_xg, None, DTYPE, PRECISION, UPCAST)
+    b_L = rounded_dot(b_xk, b_xg, None, DTYPE, PRECISION, UPCAST)
+    b_A = rounded_dot(b_xq, b_xg, None, DTYPE, PRECISION, UPCAST)
     o_c = tl.arange(0, C)
     m_lower = o_c[:, None] > o_c[None, :]
     b_L = tl.where(m_lower, b_L, 0.0)
@@ -159,11 +159,9 @@ def kda_intra_fwd(
     beta: torch.Tensor,
     A_log: torch.Tensor,
     dt_bias: torch.Tensor,
+    *,
     scale: float,
-    t_begin: int,
-    NT: int,
-    first: int,
-    index: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    segment: Segment,
     tiles: tuple[torch.Tensor, ...],
     config: KdaIntraConfig,
     upcast: bool,
@@ -171,14 +169,12 @@ def kda_intra_fwd(
 ) -> None:
     """
     Fill `tiles` = xq, xk, xg [NC, H, C, BK], decay [NC, H, BK], A, M [NC, H, C, C], channels [NC, H, BK], rows
-    [NC, H, 4, C] from entry `first` on.
+    [NC, H, 4, C] for the chunks of `segment`, from its first entry on.
 
-    Without `index` the chunks are those of tokens t_begin .. t_begin + NT C of every batch row, row by row; with
-    `index` = (cu_seqlens, chunk_offsets, chunk_seq) they are chunks t_begin .. t_begin + NT of the packed sequences,
-    all counted together (see kda/index.py).
     compile_only: launch nothing (see `launch`).
     """
     (B, T, H, K), (C, BK) = q.shape, tiles[0].shape[2:]
+    NT, index = segment.NT, segment.index
     NC = B * NT if index is None else NT
     bf16 = tiles[0].dtype == torch.bfloat16
     NS = C.bit_length() - 1
@@ -187,7 +183,7 @@ def kda_intra_fwd(
         q, k, g, beta, A_log, dt_bias,
         *tiles,
         *(index or (None, None, None)),
-        scale, T, NT, t_begin, first,
+        scale, T, NT, segment.t_begin, segment.first,
         *q.stride(), *k.stride(), *g.stride(), *beta.stride(),
         ALIGN=alignment(q, k, g), H=H, K=K, BK=BK, BKW=config.BKW,
         C=C, NG=config.NG, NS=NS,

@@ -16,7 +16,6 @@ differentiable once (backward); the decode step is not, and differentiating thro
 """
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -29,7 +28,7 @@ from ..gpu.operator_names import operator_namespace
 from .backward import differentiate, segment_count, segment_length
 from .checks import check_cu_seqlens, check_kda_inputs
 from .configs import inter_config, intra_config, step_config
-from .index import kda_index_fwd
+from .index import Segment, kda_index_fwd
 from .inter import kda_inter_fwd
 from .intra import intra_tiles, kda_intra_fwd
 from .step import kda_step_fwd
@@ -71,53 +70,47 @@ def _chunk_kda_fwd(
     inter = inter_config(gpu_of(device), K, V, dtype)
     C, upcast = intra.C, interpreted() and q.dtype == torch.bfloat16
 
-    # A segment: first token of each row, chunks of each row, its first entry in the tiles, index of a pack, tiles. Of a
-    # pack: first chunk, chunks.
-    def first_stage(*segment: Any, compile_only: bool = False) -> None:
-        kda_intra_fwd(q, k, g, beta, A_log, dt_bias, scale, *segment, intra, upcast, compile_only)
+    first_stage = partial(kda_intra_fwd, q, k, g, beta, A_log, dt_bias, scale=scale, config=intra, upcast=upcast)
+    second_stage = partial(kda_inter_fwd, v, o, config=inter, upcast=upcast)
 
-    def second_stage(
-        state_in: torch.Tensor | None, state_out: torch.Tensor, *segment: Any, compile_only: bool = False
-    ) -> None:
-        kda_inter_fwd(v, o, state_in, state_out, *segment, inter, upcast, compile_only)
-
-    def compile_for(*segment: Any) -> None:
+    def compile_for(segment: Segment, tiles: tuple[torch.Tensor, ...]) -> None:
         kind = (device, H, K, V, q.dtype, g.dtype, beta.dtype, v.dtype, A_log.dtype, dt_bias.dtype, cu_seqlens is None)
-        stages = partial(first_stage, *segment), partial(second_stage, initial_state, state, *segment)
-        compile_side_by_side(kind, device, *(partial(stage, compile_only=True) for stage in stages))
+        given = {"segment": segment, "tiles": tiles, "compile_only": True}
+        states = {"state_in": initial_state, "state_out": state}
+        compile_side_by_side(kind, device, partial(first_stage, **given), partial(second_stage, **states, **given))
 
     with launching_on(device):
         if cu_seqlens is not None:
-            # Tokens outside every sequence (before the first, behind the last) have output 0.
+            # Tokens outside every sequence (before the first, after the last) have output 0.
             o.zero_()
             index = (cu_seqlens, *kda_index_fwd(cu_seqlens, T, C))
             chunks = index[-1].numel()
             length = min(chunks, segments(1, T, C, beside=False)[0] // C)  # of a segment, whose tiles the next reuses
             tiles = intra_tiles(q, length, C)
-            compile_for(0, length, 0, index, tiles)
+            compile_for(Segment(0, length, index=index), tiles)
             for begin in range(0, max(chunks, 1), max(length, 1)):
-                segment = (begin, min(length, chunks - begin), 0, index, tiles)
+                segment = Segment(begin, min(length, chunks - begin), index=index)
                 if length > 0:
-                    first_stage(*segment)
-                second_stage(initial_state, state, *segment)
+                    first_stage(segment=segment, tiles=tiles)
+                second_stage(state_in=initial_state, state_out=state, segment=segment, tiles=tiles)
             return o, state, segment_states
         beside = runs_beside(device, N * H * -(-V // inter.BV), B * T)
         length, slots = segments(B, T, C, beside)
         if kept > 0:
             length = segment_length(B)
         tiles = intra_tiles(q, min(slots, -(-T // length)) * B * -(-min(length, T) // C), C)
-        compile_for(0, 0, 0, None, tiles)
+        compile_for(Segment(0, 0), tiles)
         state_in = initial_state
         with Lanes(device, beside, slots) as lanes:
             for i, t_begin in enumerate(range(0, max(T, 1), length)):
                 NT, slot = -(-min(length, T - t_begin) // C), i % slots
-                segment = (t_begin, NT, slot * B * (length // C), None, tiles)
+                segment = Segment(t_begin, NT, first=slot * B * (length // C))
                 if NT > 0:
                     lanes.wait_for(slot)
-                    first_stage(*segment)
+                    first_stage(segment=segment, tiles=tiles)
                 state_out = segment_states[i] if i < kept else state
                 with lanes.second(slot):
-                    second_stage(state_in, state_out, *segment)
+                    second_stage(state_in=state_in, state_out=state_out, segment=segment, tiles=tiles)
                 state_in = state_out
     return o, state, segment_states
 
@@ -153,7 +146,7 @@ def chunk_kda(
     differentiable once in all of q, k, v, g, beta, A_log, dt_bias and initial_state.
 
     Args:
-        q, k: [B, T, H, K], behind their convolutions, not normalised; any strides, T >= 0.
+        q, k: [B, T, H, K], after their convolutions, not normalised; any strides, T >= 0.
         v: [B, T, H, V].
         g: [B, T, H, K] raw gate logits.
         beta: [B, T, H] raw write-strength logits.
@@ -164,7 +157,7 @@ def chunk_kda(
         cu_seqlens: [N + 1] integer boundaries of packed sequences (B must be 1). A GPU's values are read back to be
             checked, once for a tensor, and not in compiled graphs or while a CUDA graph is captured; the kernels read
             them on the device.
-        output_final_state: whether to return the state behind the last token.
+        output_final_state: whether to return the state after the last token.
 
     Returns:
         o [B, T, H, V] in v's dtype, and the final state [N, H, K, V] fp32 or None.
@@ -272,15 +265,14 @@ def kda_step(
     and take the accepted ones again: `lengths` says how many of the T tokens each row takes.
 
     Args:
-        q, k, v: [B, T, H * K], [B, T, H * K], [B, T, H * V] projections in front of the convolutions; views of one
-        packed
-            tensor serve, the last dimension must be dense.
+        q, k, v: [B, T, H * K], [B, T, H * K], [B, T, H * V] projections, before the convolutions; views
+            of one packed tensor serve, the last dimension must be dense.
         f: [B, T, H * K] raw gate logits.
         beta: [B, T, H] raw write-strength logits.
         gate: [B, T, H * V] logits of the output gate.
-        conv_weights: of q, k, v: [D, 1, W] or [D, W] each, tap W - 1 meets the current token.
-        windows: of q, k, v: [B, D, W - 1] each, oldest input first, dense in the last two dimensions (parts of one
-            tensor serve); updated in place.
+        conv_weights: of q, k, v: [channels, 1, W] or [channels, W] each, tap W - 1 meets the current token.
+        windows: of q, k, v: [B, channels, W - 1] each, oldest input first, dense in the last two dimensions (parts of
+            one tensor serve); updated in place.
         A_log, dt_bias: H and H * K elements.
         norm_weight, norm_eps: of the gated RMSNorm over V.
         state: [B, H, K, V] fp32, contiguous; updated in place.
@@ -288,7 +280,7 @@ def kda_step(
         scale: of the outputs; K ** -0.5 if None.
 
     Returns:
-        y [B, T, H, V] in q's dtype; 0 behind a row's length.
+        y [B, T, H, V] in q's dtype; 0 after a row's length.
 
     Raises:
         ValueError: if shapes, dtypes, layouts or devices don't fit.

@@ -11,8 +11,8 @@ For each row b, head h and token t = 0 .. lengths[b] - 1, with raw projections x
     o       = S^T q
     y_t     = o / sqrt(mean(o^2) + eps) weight sigmoid(gate)
 
-State S [B, H, K, V] fp32 and windows [B, D, W-1] (oldest first) are updated in place. Nothing is rounded between the
-inputs and y. Kimi Linear, arXiv 2510.26692, eqs. 1 and 10. Rows with lengths[b] = 0 keep state and windows; outputs
+State S [B, H, K, V] fp32 and windows [B, channels, W-1] (oldest first) are updated in place. Nothing is rounded between
+the inputs and y. Kimi Linear, arXiv 2510.26692, eqs. 1 and 10. Rows with lengths[b] = 0 keep state and windows; outputs
 after lengths[b] are 0.
 
 One program per row and head keeps the head's state in registers: the windows and the norm over V need the whole head.
@@ -25,11 +25,15 @@ the recording's sequences.
 
 import torch
 
-from ..gpu.arithmetic import kda_sigmoid
+from ..gpu.arithmetic import sigmoid
 from ..gpu.launching import launch_options, overlap_options
 from ..gpu.sizes import power_of_two
 from .configs import KdaStepConfig
 from .gate import kda_gate_log2
+
+# New tokens of a row over a cached state that are stepped through one after the other, in the layers and in captured
+# steps; the chunked form begins to win about here. A recording keeps a checkpoint as often.
+MAX_NEW_TOKENS = 16
 
 try:
     import triton
@@ -40,7 +44,7 @@ except ImportError:
 
 @triton.jit
 def kda_tap(p_x, p_window, i_x, stride_xt, m_d, W: tl.constexpr):
-    """Convolution input at time `i_x` of this call, fp32 [D]; negative times are in the window."""
+    """Convolution input at time `i_x` of this call, fp32 [channels]; negative times are in the window."""
     b_i = i_x + m_d.to(tl.int32) * 0  # as a vector: the interpreter's "and" of a mask and a scalar is no mask
     b_new = tl.load(p_x + i_x * stride_xt, mask=m_d & (b_i >= 0), other=0.0).to(tl.float32)
     b_old = tl.load(p_window + (W - 1 + i_x), mask=m_d & (b_i < 0), other=0.0).to(tl.float32)
@@ -49,12 +53,12 @@ def kda_tap(p_x, p_window, i_x, stride_xt, m_d, W: tl.constexpr):
 
 @triton.jit
 def kda_conv(p_x, p_window, p_weight, i_t, stride_xt, m_d, W: tl.constexpr):
-    """silu of the convolution at token `i_t`, fp32 [D]."""
+    """silu of the convolution at token `i_t`, fp32 [channels]."""
     b_y = tl.zeros(m_d.shape, tl.float32)
     for i in tl.static_range(0, W):
         b_w = tl.load(p_weight + (W - 1 - i), mask=m_d, other=0.0).to(tl.float32)
         b_y += b_w * kda_tap(p_x, p_window, i_t - i, stride_xt, m_d, W)
-    return b_y * kda_sigmoid(b_y)
+    return b_y * sigmoid(b_y)
 
 
 @triton.jit
@@ -74,8 +78,8 @@ def kda_token(
 
 
 @triton.jit
-def kda_window_behind(p_x, p_window, n_t, stride_xt, m_d, W: tl.constexpr, BW: tl.constexpr):
-    """The window after `n_t` > 0 tokens, [D, BW]: slot i takes what is n_t later, from the inputs or the window."""
+def kda_window_after(p_x, p_window, n_t, stride_xt, m_d, W: tl.constexpr, BW: tl.constexpr):
+    """The window after `n_t` > 0 tokens [channels, BW]: slot i takes what is n_t later, of inputs or window."""
     i_x = (n_t - (W - 1) + tl.arange(0, BW))[None, :]
     m_x = m_d[:, None] & (i_x < n_t)
     b_new = tl.load(p_x[:, None] + i_x * stride_xt, mask=m_x & (i_x >= 0), other=0.0)
@@ -85,7 +89,7 @@ def kda_window_behind(p_x, p_window, n_t, stride_xt, m_d, W: tl.constexpr, BW: t
 
 @triton.jit
 def kda_store_window(p_window, b_window, m_d, W: tl.constexpr, BW: tl.constexpr):
-    """The counterpart of kda_window_behind."""
+    """The counterpart of kda_window_after."""
     o_i = tl.arange(0, BW)[None, :]
     tl.store(p_window[:, None] + o_i, b_window, mask=m_d[:, None] & (o_i < W - 1))
 
@@ -163,11 +167,11 @@ def kda_step_fwd_kernel(
     if not PDL:
         # After the loads of the first token: its convolutions then run while the state is being loaded.
         b_s = tl.load(p_s, mask=m_k[:, None] & m_v[None, :], other=0.0)
-    b_wq = kda_window_behind(p_q, p_wq, n_t, stride_qt, m_k, W, BW)
-    b_wk = kda_window_behind(p_k, p_wk, n_t, stride_kt, m_k, W, BW)
-    b_wv = kda_window_behind(p_v, p_wv, n_t, stride_vt, m_v, W, BW)
+    b_wq = kda_window_after(p_q, p_wq, n_t, stride_qt, m_k, W, BW)
+    b_wk = kda_window_after(p_k, p_wk, n_t, stride_kt, m_k, W, BW)
+    b_wv = kda_window_after(p_v, p_wv, n_t, stride_vt, m_v, W, BW)
     for i_t in range(0, n_t):
-        b_beta = kda_sigmoid(b_beta)
+        b_beta = sigmoid(b_beta)
         b_q *= tl.rsqrt(tl.sum(b_q * b_q, axis=0) + 1e-6) * scale
         b_k *= tl.rsqrt(tl.sum(b_k * b_k, axis=0) + 1e-6)
         b_qk = tl.sum(b_q * b_k, axis=0)
@@ -180,7 +184,7 @@ def kda_step_fwd_kernel(
         if i_t + 1 == n_t:  # on its way while the output is summed up
             tl.store(p_s, b_s, mask=m_k[:, None] & m_v[None, :])
         b_o *= tl.rsqrt(tl.sum(b_o * b_o, axis=0) / V + eps)
-        b_o *= b_norm * kda_sigmoid(b_gate)
+        b_o *= b_norm * sigmoid(b_gate)
         tl.store(o + i_t * (H * V) + o_v, b_o.to(o.dtype.element_ty), mask=m_v)
         if i_t + 1 < n_t:
             b_q, b_k, b_v, b_f, b_beta, b_gate = kda_token(

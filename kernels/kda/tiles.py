@@ -19,7 +19,7 @@ A chunk is NG groups of successive tokens. Loads take its rows so that a thread 
 nothing: NG is the number of rows that one load instruction of the program covers.
 """
 
-from ..gpu.arithmetic import kda_sigmoid
+from ..gpu.arithmetic import sigmoid
 from .gate import kda_gate_log2_scaled
 
 try:
@@ -50,7 +50,7 @@ def kda_rows(
     tl.store(rows + C + o_c, b_rk)
     tl.store(rows + 2 * C + o_c, tl.sum(b_q * b_k, axis=1) * b_rq * b_rk)
     b_beta = tl.load(beta + o_c * stride_bt, mask=o_c < n_t, other=float("-inf"))
-    tl.store(rows + 3 * C + o_c, kda_sigmoid(b_beta.to(tl.float32)))
+    tl.store(rows + 3 * C + o_c, sigmoid(b_beta.to(tl.float32)))
 
 
 @triton.jit

@@ -39,7 +39,7 @@ def kda_step_torch(
         f: [B, T, H * K] raw gate logits.
         beta: [B, T, H] raw write-strength logits.
         gate: [B, T, H * V] logits of the output gate, or None where only the state is wanted.
-        conv_weights: of q, k, v: [D, 1, W] each, tap W - 1 meets the current token.
+        conv_weights: of q, k, v: [channels, 1, W] each, tap W - 1 meets the current token.
         window: [B, 2 H K + H V, W - 1], the last inputs of the three convolutions, oldest first.
         A_log, dt_bias: H and H * K elements.
         norm_weight, norm_eps: of the gated RMSNorm over V.
@@ -52,7 +52,7 @@ def kda_step_torch(
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     (B, H, K, V), out_dtype = state.shape, q.dtype
-    taps = torch.cat(conv_weights)[:, 0].to(dtype)  # [D, W]
+    taps = torch.cat(conv_weights)[:, 0].to(dtype)  # [channels, W]
     decay_rate = -A_log.to(dtype).reshape(H, 1).exp()
     # Copies, conversions and single sums round alike in any shape, so these may take all tokens at once. Tokens go in
     # front, so that one token is dense.
@@ -62,7 +62,7 @@ def kda_step_torch(
     outputs = []
     with _no_autocast(q.device.type):
         for t in range(q.shape[1]):
-            inputs = torch.cat([window, qkv[:, t]], dim=-1)  # [B, D, W]
+            inputs = torch.cat([window, qkv[:, t]], dim=-1)  # [B, channels, W]
             y = F.silu((inputs * taps).sum(-1))
             if out_dtype != dtype:
                 y = y.to(out_dtype).to(dtype)  # rounded as after a prompt

@@ -14,7 +14,7 @@ and each token has one factor per level, so a level is one C x C product on tens
 dropped. The sums in the exponents run over just the tokens between (products with a 0/1 matrix), so nothing cancels.
 """
 
-from ..gpu.arithmetic import kda_dot
+from ..gpu.arithmetic import rounded_dot
 from .gate import kda_gate_log2
 
 try:
@@ -57,8 +57,8 @@ def kda_levels(
     b_kt = tl.trans((b_k * tl.exp2(-b_G)).to(DTYPE))
     b_G = tl.exp2(b_G)
     m_s = m_n & (r_i > r_j)
-    b_L += tl.where(m_s, kda_dot(b_k * b_G, b_kt, None, DTYPE, PRECISION, UPCAST), 0.0)
-    b_A += tl.where(m_s, kda_dot(b_q * b_G, b_kt, None, DTYPE, PRECISION, UPCAST), 0.0)
+    b_L += tl.where(m_s, rounded_dot(b_k * b_G, b_kt, None, DTYPE, PRECISION, UPCAST), 0.0)
+    b_A += tl.where(m_s, rounded_dot(b_q * b_G, b_kt, None, DTYPE, PRECISION, UPCAST), 0.0)
     for s in range(BASE, NS):  # unrolled it ends in a trap: Triton 3.9, sm_100
         # Tokens between the token and the reference: up to it in an upper half, after it in a lower one.
         m_upper = ((n_i >> (s - BASE)) & 1) == 1
@@ -68,8 +68,8 @@ def kda_levels(
         b_f = tl.exp2(kda_token_sums(b_hi, b_lo, b_between))
         b_kt = tl.trans((b_k * b_f).to(DTYPE))
         m_s = (((n_i ^ n_j) >> (s - BASE)) == 1) & m_upper
-        b_L += tl.where(m_s, kda_dot(b_k * b_f, b_kt, None, DTYPE, PRECISION, UPCAST), 0.0)
-        b_A += tl.where(m_s, kda_dot(b_q * b_f, b_kt, None, DTYPE, PRECISION, UPCAST), 0.0)
+        b_L += tl.where(m_s, rounded_dot(b_k * b_f, b_kt, None, DTYPE, PRECISION, UPCAST), 0.0)
+        b_A += tl.where(m_s, rounded_dot(b_q * b_f, b_kt, None, DTYPE, PRECISION, UPCAST), 0.0)
     return b_L, b_A
 
 

@@ -20,9 +20,9 @@ def attention_with_lse(
     """softmax(scale * query key^T) value, without a backward.
 
     Args:
-        query: [B, H, T, D].
-        key: [B, H, L, D]; like the value in the query's dtype, or cast to it.
-        value: [B, H, L, V]; V may differ from D.
+        query: [B, H, T, K].
+        key: [B, H, L, K]; like the value in the query's dtype, or cast to it.
+        value: [B, H, L, V]; V may differ from K.
         causal: whether query t sees keys 0 .. t only; T must be L then.
         scale: of the scores.
 

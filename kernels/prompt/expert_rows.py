@@ -71,9 +71,7 @@ def scatter_rows_fwd_kernel(x, position, rows, stride_x, D: tl.constexpr, KS: tl
 
 
 @triton.jit(do_not_specialize=["M"])
-def silu_mul_fwd_kernel(
-    gate, up, y, stride_g, stride_u, M, I: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr
-):  # fmt: skip
+def silu_mul_fwd_kernel(gate, up, y, stride_g, stride_u, M, I: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr):
     """BM rows of BI columns. gate, up [M, I] with dense rows; y [M, I] contiguous."""
     o_n = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     o_d = tl.program_id(1) * BI + tl.arange(0, BI)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..gpu.arithmetic import kda_dot
+from ..gpu.arithmetic import rounded_dot
 from ..gpu.sizes import padded
 
 try:
@@ -67,8 +67,8 @@ def packed_attention_block(
     m_l = o_l >= 0 if WHOLE else o_l < n_keys
     b_k = tl.load(p_k + o_row[:, None] * WIDTH + o_k[None, :], mask=m_l[:, None] & (o_k < K)[None, :], other=0.0)
     b_s = tl.load(p_s + o_row[:, None] * STRIDE + o_s[None, :], mask=m_l[:, None] & (o_s < S)[None, :], other=0.0)
-    b_a = kda_dot(b_q, tl.trans(b_k), None, b_q.dtype, "ieee", UPCAST)
-    b_a = kda_dot(b_qs, tl.trans(b_s), b_a, b_q.dtype, "ieee", UPCAST) * scale
+    b_a = rounded_dot(b_q, tl.trans(b_k), None, b_q.dtype, "ieee", UPCAST)
+    b_a = rounded_dot(b_qs, tl.trans(b_s), b_a, b_q.dtype, "ieee", UPCAST) * scale
     if not WHOLE:
         m_seen = m_l & (tl.load(mask + o_l, mask=m_l & (has_mask + o_l * 0 != 0), other=1) != 0)
         b_a = tl.where(m_seen[None, :] & (o_l[None, :] <= o_visible[:, None]), b_a, float("-inf"))
@@ -76,7 +76,7 @@ def packed_attention_block(
     b_a = tl.exp2(b_a - b_m_new[:, None])
     b_scale = tl.exp2(b_m - b_m_new)
     b_v = tl.load(p_v + o_row[:, None] * WIDTH + o_v[None, :], mask=m_l[:, None] & (o_v < V)[None, :], other=0.0)
-    b_o = kda_dot(b_a, b_v, b_o * b_scale[:, None], b_q.dtype, "ieee", UPCAST)
+    b_o = rounded_dot(b_a, b_v, b_o * b_scale[:, None], b_q.dtype, "ieee", UPCAST)
     return b_o, b_m_new, b_l * b_scale + tl.sum(b_a, axis=1)
 
 

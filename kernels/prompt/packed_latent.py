@@ -16,7 +16,7 @@ kda/index.py makes with C = BT, and one of SPLITS shares of the positions; the s
 import torch
 
 from ..decode.configs import LatentConfig
-from ..gpu.arithmetic import kda_dot
+from ..gpu.arithmetic import rounded_dot
 from ..gpu.sizes import padded, power_of_two
 
 try:
@@ -93,15 +93,15 @@ def packed_attend_fwd_kernel(
         p_rows = cached + tl.minimum(i_l + o_l, l_end - 1).to(tl.int64)[:, None] * (R + S)
         b_c = tl.load(p_rows + o_r[None, :], mask=(o_r < R)[None, :], other=0.0)
         b_cs = tl.load(p_rows + R + o_s[None, :], mask=(o_s < S)[None, :], other=0.0)
-        b_a = kda_dot(b_q, tl.trans(b_c), None, q.dtype.element_ty, "ieee", UPCAST)
-        b_a = kda_dot(b_qs, tl.trans(b_cs), b_a, q.dtype.element_ty, "ieee", UPCAST) * scale
+        b_a = rounded_dot(b_q, tl.trans(b_c), None, q.dtype.element_ty, "ieee", UPCAST)
+        b_a = rounded_dot(b_qs, tl.trans(b_cs), b_a, q.dtype.element_ty, "ieee", UPCAST) * scale
         m_l = m_l & (tl.load(mask + i_l + o_l, mask=m_l & m_masked, other=1) != 0)
         b_a = tl.where(m_l[None, :] & (i_l + o_l[None, :] <= b_position[:, None]), b_a, float("-inf"))
         b_m_new = tl.maximum(b_m, tl.max(b_a, axis=1))
         b_a = tl.exp2(b_a - b_m_new[:, None])
         b_scale = tl.exp2(b_m - b_m_new)
         b_l = b_l * b_scale + tl.sum(b_a, axis=1)
-        b_o = kda_dot(b_a, b_c, b_o * b_scale[:, None], q.dtype.element_ty, "ieee", UPCAST)
+        b_o = rounded_dot(b_a, b_c, b_o * b_scale[:, None], q.dtype.element_ty, "ieee", UPCAST)
         b_m = b_m_new
     b_o = b_o / tl.maximum(b_l, 1e-30)[:, None]
     m_o = m_c[:, None] & (o_r < R)[None, :]

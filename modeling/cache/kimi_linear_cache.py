@@ -7,8 +7,7 @@
 | MLA | latent rows [B, L, kv_lora_rank + qk_rope_head_dim] | 1,152 a token |
 
 `KimiLinearCache` speaks transformers' `Cache` protocol and is what `generate()` makes by default. KDA layers talk to it
-and to transformers' own caches (`DynamicCache(config=...)`, `StaticCache`) through the functions at the end of this
-file.
+and to transformers' own caches (`DynamicCache(config=...)`, `StaticCache`) through `cache/kda_states.py`.
 """
 
 import copy
@@ -393,42 +392,4 @@ class KimiLinearCache(Cache):
                 layer.reset()
 
 
-def own_kda_layer(cache: Cache | None, layer_idx: int) -> KDACacheLayer | None:
-    """The KDA layer of a `KimiLinearCache`, or None for no cache or one of transformers' own."""
-    layer = None if cache is None else cache.layers[layer_idx]
-    return layer if isinstance(layer, KDACacheLayer) else None
-
-
-def read_kda_states(cache: Cache, layer_idx: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(window [B, 3 H K, W-1], state [B, H, K, V]) that `cache` holds for a KDA layer, or (None, None)."""
-    layer = cache.layers[layer_idx]
-    if isinstance(layer, KDACacheLayer):
-        return layer.window, layer.state
-    if not cache.has_previous_state(layer_idx):
-        return None, None
-    window, state = layer.conv_states, layer.recurrent_states
-    if isinstance(window, dict):  # transformers >= 5.20 numbers the states of a layer
-        window, state = window[0], state[0]
-    return window, state
-
-
-def write_kda_states(cache: Cache, layer_idx: int, window: torch.Tensor, state: torch.Tensor, new_tokens: int) -> None:
-    """Store what a KDA layer leaves behind after `new_tokens` more positions."""
-    layer = cache.layers[layer_idx]
-    if isinstance(layer, KDACacheLayer):
-        layer.store(window, state, new_tokens)
-        return
-    # A full window replaces the one that is held; both updates write in place, which keeps addresses for CUDA graphs.
-    cache.update_conv_state(window, layer_idx)
-    layer.dtype = state.dtype  # transformers < 5.20 would allocate the state in the window's dtype
-    cache.update_recurrent_state(state, layer_idx)
-
-
-__all__ = [
-    "KDACacheLayer",
-    "KimiLinearCache",
-    "LatentCacheLayer",
-    "own_kda_layer",
-    "read_kda_states",
-    "write_kda_states",
-]
+__all__ = ["KDACacheLayer", "KimiLinearCache", "LatentCacheLayer"]

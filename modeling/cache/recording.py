@@ -4,13 +4,13 @@ A recurrent state cannot be run backwards. While recording, a layer keeps copies
 positions (checkpoints) and the raw inputs of every token since the oldest of them; rolling back copies the last
 checkpoint before the cut and steps through the kept tokens again, by the very code that took them first.
 
-Layout, per layer: `inputs` [B, R, 3 H K + H K + H] in the model's dtype, allocated once; row t of it is token t since
-the oldest checkpoint, as (q | k | v) before the convolutions, gate logits after f_b_proj, beta logits after
-b_proj. `valid` [B, R] is False where a row's token is padding or was taken back. Everything that counts is a Python
-integer, so a captured graph can write `inputs[:, length]` and count with `advance`.
+Layout, per layer: `inputs` [B, capacity, 3 H K + H K + H] in the model's dtype, allocated once; row t of it is token t
+since the oldest checkpoint, as (q | k | v) before the convolutions, gate logits after f_b_proj, beta logits after
+b_proj. `valid` [B, capacity] is False where a row's token is padding or was taken back. Everything that counts is a
+Python integer, so a captured graph can write `inputs[:, length]` and count with `advance`.
 
-Bytes a sequence and layer at the released shape in bf16: 3 checkpoints of 2 MiB + 72 KiB, and 32,832 a token of R:
-4.0 MiB at the default R = 128. For 20 layers together 204 MiB, whatever the length of the context.
+Bytes a sequence and layer at the released shape in bf16: 3 checkpoints of 2 MiB + 72 KiB, and 32,832 a token of
+the capacity: 4.0 MiB at the default of 128. For 20 layers together 204 MiB, whatever the length of the context.
 
 Time: a token writes those 32,832 bytes. A checkpoint, 4.1 MiB read and written, is taken once in 16 tokens, or at
 the first call after a crop. Of the 6.2 GB of weights that a step reads that is 0.1%, and 1.4% in steps after a crop;
@@ -24,15 +24,13 @@ from typing import Any
 import torch
 
 from ...kernels.kda.dispatch import step_kda
+from ...kernels.kda.step import MAX_NEW_TOKENS
 from ..layers.sequence_layout import PaddingLayout
 
-# Tokens that fit into a recording (R).
+# Tokens that fit into a recording.
 RECORDED_TOKENS = 128
 # Drafts of more tokens than fit make the recording grow; a call beyond this is taken for a prompt.
 LONGEST_DRAFT = 256
-# Tokens after a checkpoint before the next one is worth its copy; a rollback steps through no more than these and
-# those of the last call.
-_CHECKPOINT_SPACING = 16
 
 RawInputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v, f, beta
 
@@ -91,10 +89,10 @@ class KDARecording:
     """The recorded past of one KDA layer (module docstring: layout, bytes, time).
 
     Attributes:
-        capacity: R, tokens that fit.
+        capacity: tokens that fit.
         length: tokens recorded since the oldest checkpoint, padding included: how many can be taken back.
-        inputs: [B, R, 3 H K + H K + H], or None before the first recorded call.
-        valid: [B, R] bool, True after `length`; or None before the first recorded call.
+        inputs: [B, capacity, 3 H K + H K + H], or None before the first recorded call.
+        valid: [B, capacity] bool, True after `length`; or None before the first recorded call.
         has_holes: whether some recorded token may not be valid.
     """
 
@@ -135,7 +133,7 @@ class KDARecording:
         if not self._checkpoints:
             self._take_checkpoint(window, state)
         since = self.length - self._checkpoints[-1].offset
-        if since > 0 and (is_full or self._was_cropped or since >= _CHECKPOINT_SPACING):
+        if since > 0 and (is_full or self._was_cropped or since >= MAX_NEW_TOKENS):
             self._take_checkpoint(window, state)
         self._was_cropped = False
         while self.length + new_tokens > self.capacity:
@@ -215,8 +213,9 @@ class KDARecording:
         return sum(tensor.nbytes for tensor in tensors)
 
     def _take_checkpoint(self, window: torch.Tensor, state: torch.Tensor) -> None:
-        # Three are enough: the oldest; one from half of R after it on, which becomes the oldest when the recording is
-        # full; and the newest, which keeps replays short and moves on until it is far enough after the others to stay.
+        # Three are enough: the oldest; one from half of the capacity after it on, which becomes the oldest when the
+        # recording is full; and the newest, which keeps replays short and moves on until it is far enough after the
+        # others to stay.
         offsets = [checkpoint.offset for checkpoint in self._checkpoints]
         if len(offsets) < 2 or offsets[-1] - offsets[-2] >= self.capacity // 2:
             self._checkpoints.append(_Checkpoint(self.length, _copied(window), _copied(state)))

@@ -1,7 +1,7 @@
 """From the released tensor layout to modules in memory and back.
 
 The released layout is the only one on disk. Names in memory are the released ones too, except that the experts' w1
-(gate) and w3 (up) are stacked to `gate_up_proj` [E, 2 I, H] and w2 to `down_proj` [E, H, I]. transformers runs the
+(gate) and w3 (up) are stacked to `gate_up_proj` [E, 2 I, D] and w2 to `down_proj` [E, D, I]. transformers runs the
 conversion shard by shard while loading and undoes it in `save_pretrained`.
 """
 

@@ -168,7 +168,7 @@ class KimiPackedLinear(nn.Linear, _PackedTensors, InternalModule):
 class KimiPackedExperts(_PackedTensors, InternalModule):
     """Routed experts, stacked as in `KimiExperts`, with packed weights.
 
-    `gate_up_proj_packed` [E, 2 R, ...] has gate (w1, R rows) before up (w3), `down_proj_packed` [E, ...] is w2;
+    `gate_up_proj_packed` [E, 2 I, ...] has gate (w1, I rows) before up (w3), `down_proj_packed` [E, ...] is w2;
     `..._scale` and `..._zero_point` are stacked alike. What has no rows (scales of whole tensors, shapes, global
     scales) is [E, 2, ...] and [E, 1, ...].
 

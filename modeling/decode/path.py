@@ -12,6 +12,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from ...kernels.gpu.availability import is_first_choice
 from ...kernels.gpu.availability import serves as kernels_serve
 from ...kernels.kda.operators import MAX_HEAD_DIM
+from ...kernels.kda.step import MAX_NEW_TOKENS
 from ..cache.kimi_linear_cache import KimiLinearCache
 from ..checkpoint.packed_modules import packed_formats
 from ..layers.moe import KimiTopkRouter
@@ -22,8 +23,6 @@ from .row_parts import RowParts
 from .shapes import released_shapes
 from .step import MAX_STEP_TOKENS, DecodeStep
 
-# New tokens of each sequence that one step takes at most: what the KDA step holds.
-MAX_NEW_TOKENS = 16
 # New tokens of all sequences that steps of `MAX_NEW_TOKENS` take one after the other; more are a prompt.
 MAX_CHUNKED_TOKENS = 64
 # Bytes of the buffers of the steps that are kept, one step per (batch, new tokens). At the released shape the sixteen
@@ -226,4 +225,4 @@ def step_mask(attention_mask: torch.Tensor | None, new_tokens: int) -> tuple[boo
     return bool(new), None if whole else mask
 
 
-__all__ = ["MAX_CHUNKED_TOKENS", "MAX_NEW_TOKENS", "DecodePath", "serves", "step_mask"]
+__all__ = ["MAX_CHUNKED_TOKENS", "DecodePath", "serves", "step_mask"]

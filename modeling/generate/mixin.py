@@ -8,13 +8,14 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 
+from ...kernels.kda.step import MAX_NEW_TOKENS
 from ..cache.kimi_linear_cache import KimiLinearCache
 from ..decode.loop import can_sample_with_steps, mask_for_all_steps, sample_with_steps
-from ..decode.path import MAX_CHUNKED_TOKENS, MAX_NEW_TOKENS, serves, step_mask
+from ..decode.path import MAX_CHUNKED_TOKENS, serves, step_mask
 from ..decode.step import MAX_STEP_TOKENS
 from ..input_checks import check_cache, check_mask, check_token_ids, expect_token_ids
 from ..plain_modules import hanging_on_root, own_method
-from ..prompt.path import may_serve, reason_of_model, ways_of_prompts
+from ..prompt.path import may_serve, ways_of_prompts
 from ..prompt.segments import SEGMENT_TOKENS
 from ..transformers_versions import CACHE_NAME, as_argument, one_cache
 from .cache_setup import bound_unbounded_layers, expect_text
@@ -45,7 +46,7 @@ class KimiGenerationMixin(GenerationMixin):
     def prompt_path(self) -> str:
         """How this model takes prompts as it stands, limits included: by packed plans, or layer by layer and why."""
         self._decode.look_again()
-        reason = self._decode.reason(self) or reason_of_model(self)
+        reason = self._prompts.reason(self)
         return ways_of_prompts() if reason is None else f"layer by layer: {reason}"
 
     def _reason_for_library_loop(self) -> str | None:

@@ -8,17 +8,15 @@ from transformers.cache_utils import Cache
 
 from ...configuration.configuration_kimi_linear import KimiLinearConfig
 from ...kernels.kda.dispatch import kda, resolve_kda_backend
+from ...kernels.kda.step import MAX_NEW_TOKENS
 from ...kernels.prompt.short_convolution import causal_short_conv
 from ..cache.kda_layer import KDACacheLayer
-from ..cache.kimi_linear_cache import own_kda_layer, read_kda_states, write_kda_states
+from ..cache.kda_states import own_kda_layer, read_kda_states, write_kda_states
 from ..cache.recording import KDAStepWeights, RawInputs
 from ..plain_modules import Noticing, reads_weights, weights_are_plain
 from .fp32_parameters import keeping_fp32
 from .norms import KimiRMSNormGated
 from .sequence_layout import PaddingLayout
-
-# Up to this many new tokens over a cache are stepped through one by one; the chunked form begins to win about here.
-_STEPPED_TOKENS = 16
 
 
 @reads_weights
@@ -36,7 +34,7 @@ class ShortConvolution(Noticing):
         lengths: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, T, D] and the last inputs [B, D, W-1] -> (y [B, T, D], the window after it)."""
+        """[B, T, channels] and the last inputs [B, channels, W-1] -> (y as the first, the window after it)."""
         return causal_short_conv(x, self.weight, window=window, lengths=lengths, cu_seqlens=cu_seqlens)
 
 
@@ -105,7 +103,7 @@ class KimiDeltaAttention(Noticing):
         return self._forward_prompt(hidden_states, past_key_values, padding)
 
     def _prefers_steps(self, hidden_states: torch.Tensor, layer: KDACacheLayer) -> bool:
-        is_short = layer.state is not None and hidden_states.shape[1] <= _STEPPED_TOKENS
+        is_short = layer.state is not None and hidden_states.shape[1] <= MAX_NEW_TOKENS
         if not is_short or not self._weights_can_be_read(hidden_states):
             return False
         return resolve_kda_backend(self.backend, hidden_states, self.head_dim) != "fla"
@@ -113,7 +111,7 @@ class KimiDeltaAttention(Noticing):
     def _forward_recorded(
         self, hidden_states: torch.Tensor, past_key_values: Cache, padding: PaddingLayout | None
     ) -> torch.Tensor:
-        """Recorded tokens are stepped through; what a long prompt has in front of them goes the way of prompts."""
+        """Recorded tokens are stepped through; what a long prompt has before them goes the way of prompts."""
         if not self._weights_can_be_read(hidden_states):
             raise ValueError(
                 f"layer {self.layer_idx} can't record its past: its convolutions or its norm are offloaded, sharded or "
@@ -174,7 +172,7 @@ class KimiDeltaAttention(Noticing):
         return output if padding is None else padding.restore(output)
 
     def _raw_inputs(self, hidden_states: torch.Tensor) -> RawInputs:
-        """(q, k, v, f, beta): projections in front of the convolutions, gate logits, write-strength logits."""
+        """(q, k, v, f, beta): projections, before the convolutions, gate logits, write-strength logits."""
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         return q, k, v, self.f_b_proj(self.f_a_proj(hidden_states)), self.b_proj(hidden_states)
 
@@ -228,7 +226,7 @@ class KimiDeltaAttention(Noticing):
         padding: PaddingLayout | None,
         cu_seqlens: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(q, k, v) [B, T, H, D] behind their convolutions, and the three windows in one [B, 3 H D, W-1]."""
+        """(q, k, v) [B, T, H, K] after their convolutions, and the three windows in one [B, 3 H K, W-1]."""
         lengths = None if padding is None else padding.lengths
         windows = (None, None, None) if window is None else window.chunk(3, dim=1)
         q, q_window = self.q_conv1d(self.q_proj(hidden_states), windows[0], lengths, cu_seqlens)
@@ -238,7 +236,7 @@ class KimiDeltaAttention(Noticing):
         return self._heads(q), self._heads(k), self._heads(v), window
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, T, H * D] -> [B, T, H, D]."""
+        """[B, T, H * K] -> [B, T, H, K]."""
         return x.unflatten(-1, (-1, self.head_dim))
 
 

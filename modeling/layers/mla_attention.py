@@ -67,7 +67,7 @@ def eager_attention_forward(
 
     Args:
         module: unused; part of transformers' attention interface.
-        query, key: [B, H, T, D] and [B, H, L, D].
+        query, key: [B, H, T, K] and [B, H, L, K].
         value: [B, H, L, V].
         attention_mask: additive [B, 1, T, L], or boolean with True where a key may be seen, or None.
         scaling: factor on the scores.
@@ -135,7 +135,7 @@ class KimiMLAAttention(Noticing):
         Returns:
             [B, T, hidden_size], and the attention weights [B, H, T, L] from the eager implementation, else None.
         """
-        query = self.q_proj(hidden_states).unflatten(-1, (-1, self.qk_head_dim)).transpose(1, 2)  # [B, H, T, D]
+        query = self.q_proj(hidden_states).unflatten(-1, (-1, self.qk_head_dim)).transpose(1, 2)  # [B, H, T, K]
         latent, shared_key = self.kv_a_proj_with_mqa(hidden_states).split(
             [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1
         )
@@ -169,9 +169,9 @@ class KimiMLAAttention(Noticing):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Queries taken to latent space: every head reads the same cached rows, nothing is expanded."""
         per_head = self.kv_b_proj.weight.unflatten(0, (-1, self.qk_nope_head_dim + self.v_head_dim))
-        key_up, value_up = per_head.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)  # [H, n or v, r]
+        key_up, value_up = per_head.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)  # [H, ., R]
         q_nope, q_shared = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        q_latent = torch.matmul(q_nope, key_up)  # [B, H, T, r]
+        q_latent = torch.matmul(q_nope, key_up)  # [B, H, T, R]
         scores = torch.matmul(q_latent, latent.transpose(2, 3)) + torch.matmul(q_shared, shared_key.transpose(2, 3))
         scores = scores.float() * self.scaling  # [B, H, T, L]
         if attention_mask is not None:
@@ -182,7 +182,7 @@ class KimiMLAAttention(Noticing):
             else:
                 scores = scores + attention_mask
         weights = F.softmax(scores, dim=-1).to(query.dtype)
-        output = torch.matmul(torch.matmul(weights, latent), value_up.transpose(1, 2))  # [B, H, T, v]
+        output = torch.matmul(torch.matmul(weights, latent), value_up.transpose(1, 2))  # [B, H, T, V]
         returns_weights = self.config._attn_implementation == "eager"
         return output.transpose(1, 2), weights if returns_weights else None
 
@@ -231,7 +231,7 @@ class KimiMLAAttention(Noticing):
         return total.to(query.dtype)
 
     def _expand(self, latent: torch.Tensor, shared_key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys [B, H, L, n + s] and values [B, H, L, v] of latents [B, L, r] and shared keys [B, L, s]."""
+        """Keys [B, H, L, K] and values [B, H, L, V] of latents [B, L, R] and shared keys [B, L, S]."""
         expanded = self.kv_b_proj(latent).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))  # [B, L, H, .]
         key, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         if expanded.dtype == shared_key.dtype and fused_path_serves(expanded, shared_key):
@@ -248,7 +248,7 @@ class KimiMLAAttention(Noticing):
         attention_mask: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Latents expanded to keys [B, H, L, n + s] and values [B, H, L, v], through transformers' interface."""
+        """Latents expanded to keys [B, H, L, K] and values [B, H, L, V], through transformers' interface."""
         key, value = self._expand(latent[:, 0], shared_key[:, 0])
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward

@@ -81,12 +81,12 @@ class KimiExperts(Noticing):
         """Sum of the chosen experts' outputs, accumulated in fp32 and rounded once, as in the released code.
 
         Args:
-            hidden_states: [N, hidden_size].
-            top_k_index: [N, k] experts of each token; `num_experts` and beyond mark experts of another rank.
-            top_k_weights: [N, k] fp32.
+            hidden_states: [M, hidden_size].
+            top_k_index: [M, k] experts of each token; `num_experts` and beyond mark experts of another rank.
+            top_k_weights: [M, k] fp32.
 
         Returns:
-            [N, hidden_size].
+            [M, hidden_size].
         """
         output = torch.zeros_like(hidden_states, dtype=torch.float32)
         for expert in top_k_index.unique().tolist():
@@ -128,10 +128,10 @@ class KimiTopkRouter(Noticing):
         """Choose experts (docs/checkpoint.md, "Experts").
 
         Args:
-            hidden_states: [N, hidden_size].
+            hidden_states: [M, hidden_size].
 
         Returns:
-            logits [N, E] fp32, weights [N, k] fp32, experts [N, k] int64.
+            logits [M, E] fp32, weights [M, k] fp32, experts [M, k] int64.
         """
         logits = self._logits(hidden_states)
         if self._takes_fused(logits):
@@ -155,7 +155,7 @@ class KimiTopkRouter(Noticing):
         return logits, weights * self.scaling_factor, experts
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The product in fp32 of operands cast to fp32, [N, E].
+        """The product in fp32 of operands cast to fp32, [M, E].
 
         Products of half-precision numbers are exact in fp32, so tensor cores that accumulate and return fp32 give the
         same up to the order of summation, without the casts.

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from ...kernels.kda.step import MAX_NEW_TOKENS
 from ..cache.kimi_linear_cache import KimiLinearCache
+from ..checkpoint.packed_modules import packed_formats
 from ..decode.inputs import StepInputs
-from ..decode.path import MAX_NEW_TOKENS
 from ..decode.step import MAX_STEP_TOKENS
 from ..input_checks import (
     check_cache,
@@ -19,6 +20,7 @@ from ..input_checks import (
     check_token_ids,
 )
 from ..placement import LayerSpan, layer_spans
+from ..plain_modules import hanging
 from .packing import Packing
 from .plan import BLOCK_TOKENS, PromptPlan
 from .run import PromptRun, SharedPool, commit, compile_launches, open_cache
@@ -45,6 +47,8 @@ class PromptPath:
         self._pools: dict[torch.device, SharedPool] = {}
         self._compiled: set[bool] = set()
         self._made_from: Any = None
+        self._looked_at: Any = None
+        self._reason: str | None = None
         self._lock = threading.RLock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PromptPath":
@@ -52,6 +56,22 @@ class PromptPath:
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return PromptPath, ()
+
+    def reason(self, model: Any) -> str | None:
+        """Why `model` takes prompts layer by layer, or None if packed plans serve it; looks as `DecodePath.reason`.
+
+        Steps may do what packed plans don't, such as adapters, so the modules are asked here too.
+        """
+        reason = model._decode.reason(model)
+        if reason is None and getattr(model.config, "is_causal", None) is False:
+            reason = "is_causal is False"
+        if reason is not None:
+            return reason
+        with self._lock:
+            if self._looked_at is not model._decode.made_from:
+                self._reason = _reason_beyond_steps(model)
+                self._looked_at = model._decode.made_from
+            return self._reason
 
     def clear(self) -> None:
         """Free graphs and buffers."""
@@ -214,16 +234,20 @@ def may_serve(
         asked = kwargs.get(name)
         if asked or (asked is None and getattr(config, name, False)):
             return False
-    if kwargs.get("cu_seq_lens_q") is not None or reason_of_model(model) is not None:
+    if kwargs.get("cu_seq_lens_q") is not None:
         return False
     model._decode.look_again()  # a new text: there is time for it
-    return model._decode.reason(model) is None
+    return model._prompts.reason(model) is None
 
 
-def reason_of_model(model: Any) -> str | None:
-    """Why `model` takes no prompt by packed plans though it decodes by steps, in words; or None."""
-    if getattr(model.config, "is_causal", None) is False:
-        return "is_causal is False"
+def _reason_beyond_steps(model: Any) -> str | None:
+    """Why `model` takes no prompt by packed plans though it may decode by steps, in words; or None."""
+    if formats := packed_formats(model):
+        return f"packed weights ({', '.join(formats)}) have no packed prompts yet"
+    for name, module in model.named_modules():
+        what = None if module is model else hanging(module)
+        if what is not None:
+            return f"{name} {what}"
     return None
 
 
@@ -236,4 +260,4 @@ def ways_of_prompts() -> str:
     )
 
 
-__all__ = ["SEQUENCES", "TOKENS", "PromptPath", "may_serve", "reason_of_model", "ways_of_prompts"]
+__all__ = ["SEQUENCES", "TOKENS", "PromptPath", "may_serve", "ways_of_prompts"]

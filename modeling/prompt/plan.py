@@ -26,7 +26,7 @@ from ...kernels.decode.linear import decode_gate
 from ...kernels.decode.products import library_absorb, library_values
 from ...kernels.decode.routing import decode_group, most_blocks
 from ...kernels.kda.configs import inter_config, intra_config
-from ...kernels.kda.index import kda_index_fwd
+from ...kernels.kda.index import Segment, kda_index_fwd
 from ...kernels.kda.inter import kda_inter_fwd
 from ...kernels.kda.intra import intra_tiles, kda_intra_fwd
 from ...kernels.prompt.packed_attention import packed_attention_config, packed_attention_fwd, packed_gather_fwd
@@ -160,12 +160,16 @@ class PromptPlan(StepPlan):
         q, k, v = convolved.view(1, T, 3 * heads, K).chunk(3, dim=2)
         f, gate = gates.split(inner, dim=1)
         chunks = T // self._intra.C + self.sequences
-        segment = (0, chunks, 0, self.chunk_index, intra_tiles(q, chunks, self._intra.C))
+        where = {
+            "segment": Segment(0, chunks, index=self.chunk_index),
+            "tiles": intra_tiles(q, chunks, self._intra.C),
+            "upcast": self._upcast,
+        }
         kda_intra_fwd(
-            q, k, f.view(1, T, heads, K), p[None, :, 3 * inner + 2 * K :], kda.A_log, kda.dt_bias, K**-0.5, *segment,
-            self._intra, self._upcast,
+            q, k, f.view(1, T, heads, K), p[None, :, 3 * inner + 2 * K :], kda.A_log, kda.dt_bias, scale=K**-0.5,
+            config=self._intra, **where,
         )  # fmt: skip
-        kda_inter_fwd(v, o, entry, None, *segment, self._inter, self._upcast)
+        kda_inter_fwd(v, o, state_in=entry, state_out=None, config=self._inter, **where)
         o_norm, normed = kda.o_norm, convolved.view(-1)[: T * inner].view(T, heads, K)
         packed_gated_norm_fwd(o[0], gate, o_norm.weight, normed, self.rows, o_norm.variance_epsilon)
         self._linear(normed.flatten(1), [kda.o_proj], self.x, residual=self.x)

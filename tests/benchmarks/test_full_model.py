@@ -35,8 +35,10 @@ def test_native_model_and_cache_are_of_the_same_shape(shape, native_class):
     assert type(native) is native_class
     assert native.config.layer_types == shape.layer_types
     assert sum(x.numel() for x in native.parameters()) == sum(x.numel() for x in ours.parameters())
-    held = [full_model.held_bytes(cache) for cache in (
-        full_model.native_cache(native, 2, 300), full_model.random_cache(ours, 2, 300))]  # fmt: skip
+    held = [
+        full_model.held_bytes(cache)
+        for cache in (full_model.native_cache(native, 2, 300), full_model.random_cache(ours, 2, 300))
+    ]
     # It keeps one input of each convolution more than is needed.
     extra = 2 * 2 * 3 * shape.linear_num_heads * shape.linear_head_dim
     assert held[0] - held[1] == extra * shape.layer_types.count("linear_attention")

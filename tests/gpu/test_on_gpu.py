@@ -43,7 +43,7 @@ def test_backends_follow_the_oracle_with_padding(backend, length):
     if backend == "fla":
         pytest.importorskip("fla", reason="flash-linear-attention is not installed")
     (q, k, v, g, beta), gates = kda_inputs(length)
-    if length > 1:  # padding behind the first row, as the layer marks it
+    if length > 1:  # padding after the first row, as the layer marks it
         g[0, length // 2 :] = float("-inf")
         beta[0, length // 2 :] = float("-inf")
     state = torch.randn(2, 4, 64, 64, device="cuda")

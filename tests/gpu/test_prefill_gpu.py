@@ -9,6 +9,7 @@ from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.kernels.gpu import availability as gpu_availability
 from kimi_linear.kernels.prompt.attention_lse import attention_with_lse, merge_attention
 from kimi_linear.kernels.prompt.short_convolution import causal_short_conv
+from kimi_linear.modeling.generate import mixin as generate_mixin
 from kimi_linear.modeling.layers import masks as layers_masks
 from kimi_linear.modeling.layers import mla_attention
 from kimi_linear.modeling.layers.moe import KimiMLP, KimiSparseMoeBlock
@@ -20,6 +21,12 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def no_packed_prompts(monkeypatch):
+    """The layers' own passes, which models with hooks run; tests/gpu/test_packed_prompts_gpu.py has the packed ones."""
+    monkeypatch.setattr(generate_mixin, "may_serve", lambda *args: False)
 
 
 @pytest.fixture(scope="module")

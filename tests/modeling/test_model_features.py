@@ -1,4 +1,4 @@
-"""What transformers' users expect of a model class beyond parity: packing, outputs, implementations, training, dtypes.
+"""What transformers' users expect of a model class beyond parity: outputs, implementations, training, dtypes.
 
 fp32 unless a test says otherwise; two ways to the same logits (order 1) differ in the order of sums: 1e-4 absolute.
 """
@@ -8,14 +8,13 @@ import shutil
 
 import pytest
 import torch
+from comparisons import assert_same_gradients, assert_same_logits, gradients_of
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import DataCollatorWithFlattening
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.modeling.layers.kda_attention import KimiDeltaAttention, ShortConvolution
-from kimi_linear.modeling.layers.mla_attention import KimiMLAAttention
 from kimi_linear.modeling.layers.moe import KimiTopkRouter
 from kimi_linear.modeling.layers.norms import KimiRMSNorm
 from kimi_linear.modeling.modeling_kimi_linear import (
@@ -23,74 +22,6 @@ from kimi_linear.modeling.modeling_kimi_linear import (
     KimiLinearForSequenceClassification,
     KimiLinearModel,
 )
-
-
-def assert_same_logits(a: torch.Tensor, b: torch.Tensor) -> None:
-    torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
-
-
-def gradients_of(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-
-def assert_same_gradients(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    """Within 1e-5 of each norm: sums of some 1e3 fp32 terms in another order."""
-    assert set(a) == set(b)
-    for name, gradient in b.items():
-        assert (a[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6, name
-
-
-# Packed sequences
-
-
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("boundaries", ["position_ids", "cu_seq_lens"])
-@pytest.mark.parametrize("name", ["hybrid", "all_kda"])
-def test_packed_sequences_equal_separate_ones(name, boundaries, implementation, load_tiny, random_ids):
-    model = load_tiny(name, attn_implementation=implementation)
-    sequences = [random_ids(1, length, seed=length)[0] for length in (9, 1, 70, 20)]
-    collator = DataCollatorWithFlattening(
-        return_position_ids=boundaries == "position_ids", return_flash_attn_kwargs=boundaries == "cu_seq_lens"
-    )
-    batch = collator([{"input_ids": ids.tolist()} for ids in sequences])
-    assert batch["input_ids"].shape == (1, 100)
-    assert "attention_mask" not in batch
-
-    outputs = model(**batch)
-    separate = [model(ids[None]) for ids in sequences]
-    assert_same_logits(outputs.logits, torch.cat([output.logits for output in separate], dim=1))
-
-    # The mean over the pack's targets; the collator leaves no target for the first token of a sequence.
-    losses = [
-        nn.functional.cross_entropy(output.logits[0, :-1], ids[1:], reduction="sum")
-        for output, ids in zip(separate, sequences, strict=True)
-    ]
-    expected = sum(losses) / sum(len(ids) - 1 for ids in sequences)
-    torch.testing.assert_close(outputs.loss, expected, atol=1e-5, rtol=0)
-    assert_same_gradients(gradients_of(model, outputs.loss), gradients_of(model, expected))
-
-
-@torch.no_grad()
-def test_packing_makes_no_cache_and_excludes_one(model, random_ids):
-    ids, ends = random_ids(1, 10), torch.tensor([0, 4, 10], dtype=torch.int32)
-    assert model(ids, cu_seq_lens_q=ends, use_cache=True).past_key_values is None
-    cache = model(ids).past_key_values
-    with pytest.raises(ValueError, match="exclude one another"):
-        model(ids, cu_seq_lens_q=ends, past_key_values=cache)
-
-
-@pytest.mark.parametrize("ends", [[0, 4], [0, 4, 11], [1, 10], [0, 6, 4, 10]], ids=str)
-def test_wrong_boundaries_are_refused(ends, model, random_ids):
-    with pytest.raises(ValueError, match="rise from 0"):
-        model(random_ids(1, 10), cu_seq_lens_q=torch.tensor(ends))
-
-
-def test_boundaries_over_several_rows_are_refused(model, random_ids):
-    with pytest.raises(ValueError, match="one row"):
-        model(random_ids(2, 5), cu_seq_lens_q=torch.tensor([0, 5, 10]))
-
 
 # Outputs
 
@@ -214,127 +145,6 @@ def test_experts_implementations_agree_with_eager(implementation, load_tiny, ran
         results.append((outputs.logits, gradients_of(model, outputs.loss)))
     assert_same_logits(results[1][0], results[0][0])
     assert_same_gradients(results[1][1], results[0][1])
-
-
-# MLA in latent form
-
-
-@pytest.fixture
-def forms(monkeypatch):
-    """Which form each MLA call took: a list that fills with "latent" and "expanded"."""
-    taken = []
-    for form in ("latent", "expanded"):
-        attend = getattr(KimiMLAAttention, f"_attend_{form}")
-
-        def recorded(self, *args, attend=attend, form=form, **kwargs):
-            taken.append(form)
-            return attend(self, *args, **kwargs)
-
-        monkeypatch.setattr(KimiMLAAttention, f"_attend_{form}", recorded)
-    return taken
-
-
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("new_tokens", [1, 2, 16])
-@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
-@torch.no_grad()
-def test_latent_form_equals_expanded_form(
-    padded, new_tokens, implementation, load_tiny, random_ids, forms, monkeypatch
-):
-    model, ids = load_tiny("all_mla", attn_implementation=implementation), random_ids(3, 30 + new_tokens)
-    mask = None
-    if padded:
-        mask = torch.ones_like(ids)
-        mask[0, :7], mask[1, 12:15] = 0, 0
-        mask[2, 31:] = 0  # among the new tokens
-    logits = []
-    for expected in ("latent", "expanded"):
-        if expected == "expanded":
-            monkeypatch.setattr(KimiMLAAttention, "_prefers_latent_form", lambda *_: False)
-        cache = model(ids[:, :30], attention_mask=None if mask is None else mask[:, :30]).past_key_values
-        forms.clear()
-        logits.append(model(ids[:, 30:], attention_mask=mask, past_key_values=cache).logits)
-        assert set(forms) == {expected}
-    if mask is None:
-        assert_same_logits(*logits)
-    else:
-        valid = mask[:, 30:].bool()
-        assert_same_logits(logits[0][valid], logits[1][valid])
-
-
-@torch.no_grad()
-def test_prompts_and_long_continuations_take_the_expanded_form(shared_tiny, random_ids, forms):
-    model = shared_tiny("all_mla")
-    cache = model(random_ids(1, 5)).past_key_values
-    model(random_ids(1, 40), past_key_values=cache)
-    assert set(forms) == {"expanded"}
-
-
-class DoubledLinear(nn.Linear):
-    """Stands for an adapter: a module of another type around the same weight."""
-
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-def wrap_by_hook(layer):
-    layer.kv_b_proj.register_forward_hook(lambda module, args, output: 2 * output)
-
-
-def wrap_by_pre_hook(layer):
-    layer.kv_b_proj.register_forward_pre_hook(lambda module, args: (2 * args[0],))
-
-
-def wrap_by_subclass(layer):
-    layer.kv_b_proj.__class__ = DoubledLinear
-
-
-def wrap_by_accelerate(layer):
-    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
-
-    class Doubling(hooks.ModelHook):
-        def post_forward(self, module, output):
-            return 2 * output
-
-    hooks.add_hook_to_module(layer.kv_b_proj, Doubling())
-
-
-def wrap_by_parametrization(layer):
-    class Double(nn.Module):
-        def forward(self, weight):
-            return 2 * weight
-
-    nn.utils.parametrize.register_parametrization(layer.kv_b_proj, "weight", Double())
-
-
-@pytest.mark.parametrize(
-    "wrap", [wrap_by_hook, wrap_by_pre_hook, wrap_by_subclass, wrap_by_accelerate, wrap_by_parametrization]
-)
-@torch.no_grad()
-def test_what_hangs_on_kv_b_proj_also_acts_while_decoding(wrap, load_tiny, random_ids):
-    model, ids = load_tiny("all_mla"), random_ids(2, 12)
-    plain = model(ids).logits
-    for layer in model.model.layers:
-        wrap(layer.self_attn)
-    expected = model(ids).logits
-    assert (expected - plain).abs().max() > 0.1
-    cache = model(ids[:, :9]).past_key_values
-    logits = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(9, 12)]
-    assert_same_logits(torch.cat(logits, 1), expected[:, 9:])
-
-
-@torch.no_grad()
-def test_lora_on_kv_b_proj_also_acts_while_decoding(load_tiny, random_ids):
-    peft = pytest.importorskip("peft", reason="peft is not installed")
-    ids = random_ids(2, 12)
-    settings = peft.LoraConfig(target_modules=["kv_b_proj"], init_lora_weights=False, r=4)
-    model = peft.get_peft_model(load_tiny("all_mla"), settings).eval()
-    expected = model(ids).logits
-    with model.disable_adapter():
-        assert (expected - model(ids).logits).abs().max() > 1e-2
-    cache = model(ids[:, :9]).past_key_values
-    logits = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(9, 12)]
-    assert_same_logits(torch.cat(logits, 1), expected[:, 9:])
 
 
 # Training

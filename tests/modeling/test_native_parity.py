@@ -211,8 +211,9 @@ def test_padded_batch_matches_native_at_valid_positions(name, side, shared_tiny,
 
 @pytest.mark.parametrize("name", ["hybrid", "all_mla"])
 @torch.no_grad()
-def test_decoding_token_by_token_matches_native_for_200_tokens(name, shared_tiny, native, random_ids):
-    ids, steps = random_ids(2, 200), []
+def test_decoding_token_by_token_matches_native(name, shared_tiny, native, random_ids):
+    # Past a chunk of 64. That nothing drifts in 200 tokens the formulas above say.
+    ids, steps = random_ids(2, 70), []
     for model in (shared_tiny(name), native(name)):
         cache, logits = None, []
         for t in range(ids.shape[1]):

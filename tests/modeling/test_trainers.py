@@ -18,9 +18,14 @@ def rows(random_ids):
 
 def settings(folder) -> dict:
     return {
-        "output_dir": str(folder), "max_steps": 1, "per_device_train_batch_size": 2, "report_to": [], "use_cpu": True,
-        "save_strategy": "no", "disable_tqdm": True,
-    }  # fmt: skip
+        "output_dir": str(folder),
+        "max_steps": 1,
+        "per_device_train_batch_size": 2,
+        "report_to": [],
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
 
 
 def test_trainer_takes_a_step_and_evaluates(load_tiny, rows, tmp_path):

@@ -150,9 +150,11 @@ def test_pairs_are_grouped_by_expert(tokens, randn):
     assert sorted(held[held >= 0].tolist()) == list(range(tokens * topk))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shared", [0, 1, 2])
-def test_experts_of_one_token(dtype, shared, randn):
+@pytest.mark.parametrize(
+    ("shared", "dtype"),
+    [*((shared, torch.float32) for shared in (0, 1, 2)), (1, torch.bfloat16), (2, torch.float16)],
+)
+def test_experts_of_one_token(shared, dtype, randn):
     E, H, I, topk = 12, 80, 24, 3
     x, norm = randn(H, dtype=dtype), randn(H, dtype=dtype)
     gate_up, down = randn(E, 2 * I, H, dtype=dtype), randn(E, H, I, dtype=dtype)

@@ -38,17 +38,22 @@ from kimi_linear.kernels.kda.configs import (
     scan_config,
     step_config,
 )
+from kimi_linear.kernels.kda.index import Segment
 
 # Bytes (AMD: registers). Seen from the assembler giving up: 7,376, with 32 registers; otherwise at most 1,104 in the
 # forward, and 5,696 in the decode step with heads of 256.
 SPILL_LIMIT = {"kda_step_fwd_kernel": 6 << 10}
 KERNELS = [
-    kda_index.kda_index_fwd_kernel, kda_intra.kda_intra_fwd_kernel,
-    kda_inter.kda_inter_fwd_kernel, kda_step.kda_step_fwd_kernel,
-]  # fmt: skip
+    kda_index.kda_index_fwd_kernel,
+    kda_intra.kda_intra_fwd_kernel,
+    kda_inter.kda_inter_fwd_kernel,
+    kda_step.kda_step_fwd_kernel,
+]
 BACKWARD_KERNELS = [
-    backward_scan.kda_scan_bwd_kernel, backward_pairs.kda_pairs_bwd_kernel, backward_rest.kda_rest_bwd_kernel,
-]  # fmt: skip
+    backward_scan.kda_scan_bwd_kernel,
+    backward_pairs.kda_pairs_bwd_kernel,
+    backward_rest.kda_rest_bwd_kernel,
+]
 
 
 def launch_backward(gpu, K, V, dtype, packed, B=1, T=128):
@@ -65,13 +70,14 @@ def launch_backward(gpu, K, V, dtype, packed, B=1, T=128):
     tiles, borders = _workspace(q, V, B * NT, C)
     gradients = [torch.empty(B, T, H, n, dtype=tiles[0].dtype) for n in (K, K, V, K)] + [torch.empty(B, T, H)]
     sums = torch.empty(B * NT, H, 4), torch.empty(B * NT, H, K)
-    segment = (0, NT, 0, index, tiles)
+    where = {"segment": Segment(0, NT, index=index), "tiles": tiles, "borders": borders, "upcast": False}
     for given in (None, state):
-        backward_scan.kda_scan_bwd(v, do, gradients[2], borders, given, given, state, *segment, scan, False)
-    gates = (q, k, v, g, A_log, dt_bias)
+        states = {"state_in": given, "dstate_out": given, "dstate_in": state}
+        backward_scan.kda_scan_bwd(v, do, gradients[2], config=scan, **states, **where)
+    where["gradients"] = gradients
     pairs = pairs_config(gpu, V, name)
-    backward_pairs.kda_pairs_bwd(*gates, o, do, gradients, 0.1, *segment, borders, pairs, False)
-    backward_rest.kda_rest_bwd(q, k, g, A_log, dt_bias, do, gradients, sums, 0, *segment, borders, rest, False)
+    backward_pairs.kda_pairs_bwd(q, k, v, g, A_log, dt_bias, o, do, scale=0.1, config=pairs, **where)
+    backward_rest.kda_rest_bwd(q, k, g, A_log, dt_bias, do, sums=sums, first_sum=0, config=rest, **where)
 
 
 def launch_all(gpu, K, V, dtype, packed, B=1, T=128):
@@ -87,10 +93,11 @@ def launch_all(gpu, K, V, dtype, packed, B=1, T=128):
         index = (cu_seqlens, *kda_index.kda_index_fwd(cu_seqlens, T, intra.C))
     NT = -(-T // intra.C)
     tiles = kda_intra.intra_tiles(q, B * NT, intra.C)
-    kda_intra.kda_intra_fwd(q, k, g, beta, A_log, dt_bias, 0.1, 0, NT, 0, index, tiles, intra, False)
+    where = {"segment": Segment(0, NT, index=index), "tiles": tiles, "upcast": False}
+    kda_intra.kda_intra_fwd(q, k, g, beta, A_log, dt_bias, scale=0.1, config=intra, **where)
     inter = inter_config(gpu, K, V, name)
     for initial in (None, state):
-        kda_inter.kda_inter_fwd(v, torch.empty_like(v), initial, state, 0, NT, 0, index, tiles, inter, False)
+        kda_inter.kda_inter_fwd(v, torch.empty_like(v), state_in=initial, state_out=state, config=inter, **where)
     sizes = (H * K, H * K, H * V)
     xq, xk, xv = (torch.empty(B, T, n, dtype=dtype) for n in sizes)
     kda_step.kda_step_fwd(
@@ -113,7 +120,7 @@ CASES = [  # K, V, dtype, packed
 def check(compiled, target, shared_limit, kernels):
     """All `kernels` were compiled, and each can be launched on `target`."""
     assert {name for name, _ in compiled} >= {kernel.__name__ for kernel in kernels}
-    for name, kernel in compiled:
+    for name, kernel in {kernel.hash: (name, kernel) for name, kernel in compiled}.values():
         registers, spilled = resources(kernel, target.backend)
         shared = kernel.metadata.shared
         print(f"{target.arch!s:7} {name:22} registers {registers:3} spilled {spilled:5} shared {shared:6}")
@@ -124,10 +131,25 @@ def check(compiled, target, shared_limit, kernels):
             assert not unset_uniform_registers(kernel), name
 
 
-@pytest.mark.parametrize(
-    ("gpu", "K", "V", "dtype", "packed"),
-    [(gpu, *case) for gpu in CLASSES for case in CASES] + [("sm_90", 128, 128, torch.bfloat16, True)],
-)
+def chosen_as_for_sm_90(gpu, K, V, dtype):
+    """Whether class `gpu` takes the choices of sm_90, whose limits sm_100 shares."""
+    name = str(dtype).removeprefix("torch.")
+    return all(
+        config(gpu, *sizes, name) == config("sm_90", *sizes, name)
+        for config, sizes in ((intra_config, (K,)), (inter_config, (K, V)))
+    )
+
+
+# Where sm_100 differs in nothing but the compiler's target, its usual dtype stands for the others: 10 to 20 s each.
+FORWARD = [
+    (gpu, *case)
+    for gpu in CLASSES
+    for case in CASES
+    if gpu != "sm_100" or case[2] == torch.bfloat16 or not chosen_as_for_sm_90(gpu, *case[:3])
+]
+
+
+@pytest.mark.parametrize(("gpu", "K", "V", "dtype", "packed"), [*FORWARD, ("sm_90", 128, 128, torch.bfloat16, True)])
 def test_compiles_and_fits(gpu, K, V, dtype, packed, monkeypatch):
     with compiling(KERNELS, TARGETS[gpu], monkeypatch) as compiled:
         launch_all(gpu, K, V, dtype, packed)
@@ -157,7 +179,7 @@ def test_backward_compiles_for_desktops(monkeypatch):
 
 
 def test_hopper_products_overlap(monkeypatch):
-    """ptxas puts a wait behind every tensor-core instruction of a kernel that it can't see through, and says so."""
+    """ptxas puts a wait after every tensor-core instruction of a kernel that it can't see through, and says so."""
     with compiling(KERNELS + BACKWARD_KERNELS, TARGETS["sm_90"], monkeypatch) as compiled:
         launch_all("sm_90", 128, 128, torch.bfloat16, False)
         launch_backward("sm_90", 128, 128, torch.bfloat16, False)

@@ -167,7 +167,7 @@ def step_case(B, T, H, K, V, W=4):
 
 def exact_step(x, row, n):
     """
-    Outputs [n, H, V], windows and state of `row` after n tokens, float64, by the oracle behind a plain convolution.
+    Outputs [n, H, V], windows and state of `row` after n tokens, float64, by the oracle after a plain convolution.
     """
     H, K, V = x["state"].shape[1:]
     qkv, windows = [], []

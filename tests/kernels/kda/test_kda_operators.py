@@ -24,10 +24,14 @@ HERE = Path(__file__).parent
 
 def prompt(B=1, T=5, H=2, K=16, V=24, dtype=torch.float32):
     return {
-        "q": torch.randn(B, T, H, K, dtype=dtype), "k": torch.randn(B, T, H, K, dtype=dtype),
-        "v": torch.randn(B, T, H, V, dtype=dtype), "g": torch.randn(B, T, H, K, dtype=dtype),
-        "beta": torch.randn(B, T, H, dtype=dtype), "A_log": torch.zeros(H), "dt_bias": torch.zeros(H * K),
-    }  # fmt: skip
+        "q": torch.randn(B, T, H, K, dtype=dtype),
+        "k": torch.randn(B, T, H, K, dtype=dtype),
+        "v": torch.randn(B, T, H, V, dtype=dtype),
+        "g": torch.randn(B, T, H, K, dtype=dtype),
+        "beta": torch.randn(B, T, H, dtype=dtype),
+        "A_log": torch.zeros(H),
+        "dt_bias": torch.zeros(H * K),
+    }
 
 
 def step(B=2, T=1, H=2, K=16, V=24, W=4):
@@ -158,8 +162,11 @@ def test_import_without_triton():
         "import sys; sys.modules['triton'] = None; sys.modules['triton.language'] = None\n"
         "import torch\n"
         "from kimi_linear.kernels.kda import operators as m\n"
-        "from kimi_linear.kernels.gpu.availability import is_available\n"
-        "assert not is_available()\n"
+        "from kimi_linear.kernels.gpu.availability import device_serves, is_available\n"
+        "assert not is_available() and not device_serves(torch.device('cuda'))\n"
+        "from kimi_linear.modeling.layers import moe, kda_attention, mla_attention\n"
+        "from kimi_linear.modeling.layers.norms import KimiRMSNorm\n"
+        "assert KimiRMSNorm(8)(torch.randn(2, 8)).shape == (2, 8)\n"
         "x = torch.randn(1, 2, 1, 16)\n"
         "try: m.chunk_kda(x, x, x, x, x[..., 0], A_log=torch.zeros(1), dt_bias=torch.zeros(16))\n"
         "except ValueError as e: assert 'triton' in str(e), e\n"

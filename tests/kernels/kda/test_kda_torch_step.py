@@ -1,7 +1,7 @@
 """The PyTorch decode step: against the float64 recurrence, and the same bits however calls are split.
 
 Bounds: fp32 as the other PyTorch kernels, 2e-5 of the largest value after some 20 tokens; bf16 inputs are rounded once
-behind the convolution and once at the end, 2^-8 each.
+after the convolution and once at the end, 2^-8 each.
 """
 
 import pytest
@@ -26,11 +26,16 @@ def make(B: int, T: int, dtype: torch.dtype = torch.float32, seed: int = 0, H: i
     sizes = (H * K, H * K, H * V)
     return {
         **{name: randn(B, T, size).to(dtype) for name, size in zip("qkvf", (*sizes, H * K))},
-        "beta": randn(B, T, H).to(dtype), "gate": randn(B, T, H * V).to(dtype),
+        "beta": randn(B, T, H).to(dtype),
+        "gate": randn(B, T, H * V).to(dtype),
         "conv_weights": tuple(randn(size, 1, W).to(dtype) for size in sizes),
-        "window": randn(B, sum(sizes), W - 1).to(dtype), "A_log": randn(H), "dt_bias": randn(H * K),
-        "norm_weight": 1 + randn(V) / 10, "norm_eps": EPS, "state": randn(B, H, K, V),
-    }  # fmt: skip
+        "window": randn(B, sum(sizes), W - 1).to(dtype),
+        "A_log": randn(H),
+        "dt_bias": randn(H * K),
+        "norm_weight": 1 + randn(V) / 10,
+        "norm_eps": EPS,
+        "state": randn(B, H, K, V),
+    }
 
 
 def doubled(x: dict) -> dict:
@@ -46,9 +51,15 @@ def oracle(x: dict) -> tuple[torch.Tensor, torch.Tensor]:
     y = F.silu(F.conv1d(inputs.transpose(1, 2), taps, groups=taps.shape[0])).transpose(1, 2)
     q, k, v = y.split([H * K, H * K, H * V], -1)
     o, state = recurrent_kda_reference(
-        q.unflatten(-1, (H, K)), k.unflatten(-1, (H, K)), v.unflatten(-1, (H, V)), x["f"].unflatten(-1, (H, K)),
-        x["beta"], A_log=x["A_log"], dt_bias=x["dt_bias"], initial_state=x["state"],
-    )  # fmt: skip
+        q.unflatten(-1, (H, K)),
+        k.unflatten(-1, (H, K)),
+        v.unflatten(-1, (H, V)),
+        x["f"].unflatten(-1, (H, K)),
+        x["beta"],
+        A_log=x["A_log"],
+        dt_bias=x["dt_bias"],
+        initial_state=x["state"],
+    )
     o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + EPS)
     return x["norm_weight"] * o * x["gate"].unflatten(-1, (H, V)).sigmoid(), state
 

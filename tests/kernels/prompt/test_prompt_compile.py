@@ -15,37 +15,40 @@ from kimi_linear.kernels.prompt import norms as prompt_norms
 from kimi_linear.kernels.prompt import short_convolution_kernel as prompt_short_convolution_kernel
 
 KERNELS = [
-    prompt_norms.rms_norm_fwd_kernel, prompt_norms.gated_rms_norm_fwd_kernel,
+    prompt_norms.rms_norm_fwd_kernel,
+    prompt_norms.gated_rms_norm_fwd_kernel,
     prompt_short_convolution_kernel.short_conv_fwd_kernel,
     prompt_short_convolution_kernel.short_conv_edges_fwd_kernel,
-    prompt_expert_rows.route_fwd_kernel, prompt_expert_rows.scatter_rows_fwd_kernel,
+    prompt_expert_rows.route_fwd_kernel,
+    prompt_expert_rows.scatter_rows_fwd_kernel,
     prompt_expert_rows.silu_mul_fwd_kernel,
-    prompt_expert_rows.combine_rows_fwd_kernel, prompt_mla_keys.mla_keys_fwd_kernel,
+    prompt_expert_rows.combine_rows_fwd_kernel,
+    prompt_mla_keys.mla_keys_fwd_kernel,
     prompt_merge_attention.merge_attention_fwd_kernel,
-]  # fmt: skip
+]
 
 
 def launch_all(dtype):
     """One launch of every kernel as the released shape makes it."""
-    N, H = 8, 2304
-    x, weight, latents = (torch.empty(*shape, dtype=dtype) for shape in ((N, H), (H,), (N, 576)))
+    M, D = 8, 2304
+    x, weight, latents = (torch.empty(*shape, dtype=dtype) for shape in ((M, D), (D,), (M, 576)))
     prompt_norms.rms_norm_fwd(x, weight, 1e-5)
     prompt_norms.rms_norm_fwd(latents[:, :512], weight[:512], 1e-6)
     prompt_norms.add_rms_norm_fwd(x, x, weight, 1e-5)
-    heads = torch.empty(1, N, 32, 128, dtype=dtype)
+    heads = torch.empty(1, M, 32, 128, dtype=dtype)
     prompt_norms.gated_rms_norm_fwd(heads, heads, weight[:128], 1e-5)
-    inputs, taps = torch.empty(1, N, 4096, dtype=dtype), torch.empty(4096, 1, 4, dtype=dtype)
+    inputs, taps = torch.empty(1, M, 4096, dtype=dtype), torch.empty(4096, 1, 4, dtype=dtype)
     window = torch.empty(1, 4096, 3, dtype=dtype)
     prompt_short_convolution_kernel.short_conv_fwd(inputs, taps, window, None, None)
     prompt_short_convolution_kernel.short_conv_fwd(inputs, taps, None, torch.tensor([3]), None)
-    prompt_short_convolution_kernel.short_conv_fwd(inputs, taps, None, None, torch.tensor([0, 3, N], dtype=torch.int32))
-    prompt_expert_rows.route_fwd(torch.empty(N, 256), torch.empty(256, dtype=dtype), 8, True, 2.446, False)
-    position = torch.zeros(N, 8, dtype=torch.int32)
+    prompt_short_convolution_kernel.short_conv_fwd(inputs, taps, None, None, torch.tensor([0, 3, M], dtype=torch.int32))
+    prompt_expert_rows.route_fwd(torch.empty(M, 256), torch.empty(256, dtype=dtype), 8, True, 2.446, False)
+    position = torch.zeros(M, 8, dtype=torch.int32)
     rows = prompt_expert_rows.scatter_rows_fwd(x, position)
-    prompt_expert_rows.silu_mul_fwd(*torch.empty(N, 2048, dtype=dtype).chunk(2, dim=1))
-    prompt_expert_rows.combine_rows_fwd(rows, position, torch.empty(N, 8), x)
-    prompt_mla_keys.mla_keys_fwd(torch.empty(1, N, 32, 256, dtype=dtype), latents[None, :, 512:], 128)
-    o, lse = torch.empty(1, N, 32, 128), torch.empty(1, 32, N)
+    prompt_expert_rows.silu_mul_fwd(*torch.empty(M, 2048, dtype=dtype).chunk(2, dim=1))
+    prompt_expert_rows.combine_rows_fwd(rows, position, torch.empty(M, 8), x)
+    prompt_mla_keys.mla_keys_fwd(torch.empty(1, M, 32, 256, dtype=dtype), latents[None, :, 512:], 128)
+    o, lse = torch.empty(1, M, 32, 128), torch.empty(1, 32, M)
     prompt_merge_attention.merge_attention_fwd(o, lse, heads, lse)
 
 

@@ -12,12 +12,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
-from kimi_linear.modeling.cache.kimi_linear_cache import (
-    KDACacheLayer,
-    KimiLinearCache,
-    LatentCacheLayer,
-    write_kda_states,
-)
+from kimi_linear.modeling.cache.kda_states import write_kda_states
+from kimi_linear.modeling.cache.kimi_linear_cache import KDACacheLayer, KimiLinearCache, LatentCacheLayer
 
 CONFIGS = ["hybrid", "all_kda", "all_mla"]
 

@@ -36,7 +36,7 @@ from kimi_linear.modeling.modeling_kimi_linear import (
 
 pytest.importorskip("compressed_tensors", reason="its files are read by transformers with it (in the dev extra)")
 
-# As in the other tests of fp32 logits: of order 1 to 10, each behind some 1e3 roundings of 6e-8.
+# As in the other tests of fp32 logits: of order 1 to 10, each after some 1e3 roundings of 6e-8.
 BOUND = {"atol": 1e-4, "rtol": 1e-4}
 
 

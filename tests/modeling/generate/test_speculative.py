@@ -22,12 +22,12 @@ from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
 
 CONFIGS = ["hybrid", "all_kda", "all_mla"]
 GAP = 1e-4
+EOS = 126  # random_ids doesn't draw it; transformers 5.10 can't look prompts up without a stop token
 SMALL_CHECKPOINT = Path(kimi_linear.hub_card.__file__).parent / "small_checkpoint"
 
 
 def generate(model, ids: torch.Tensor, **options):
-    # An id that random_ids doesn't draw: transformers 5.10 can't look prompts up without a stop token.
-    return model.generate(ids, **{"max_new_tokens": 24, "do_sample": False, "eos_token_id": 126, **options})
+    return model.generate(ids, **{"max_new_tokens": 24, "do_sample": False, "eos_token_id": EOS, **options})
 
 
 def assert_same_tokens(model, tokens: torch.Tensor, expected: torch.Tensor) -> None:
@@ -42,6 +42,21 @@ def assert_same_tokens(model, tokens: torch.Tensor, expected: torch.Tensor) -> N
         logits = model(expected[:, :first], use_cache=False).logits[0, -1]
     best = logits.topk(2).values
     assert best[0] - best[1] < GAP, f"token {first} is {tokens[0, first]}, expected {expected[0, first]}"
+
+
+@torch.no_grad()
+def assert_greedy(model, ids: torch.Tensor, tokens: torch.Tensor, new: int) -> None:
+    """`tokens` are `ids` and `new` more, of which each is the best after those before it, or ties with the best.
+
+    One forward over the text asks for the same as generating it once more by plain decoding, which test_cache.py
+    compares with such forwards.
+    """
+    length = ids.shape[1]
+    assert torch.equal(tokens[:, :length], ids)
+    assert tokens.shape[1] == length + new or int(tokens[0, -1]) == EOS
+    logits = model(tokens[:, :-1], use_cache=False).logits[0, length - 1 :]
+    chosen = logits.gather(1, tokens[0, length:, None])[:, 0]
+    assert float((logits.amax(dim=1) - chosen).max()) < GAP
 
 
 class ScriptedCandidates(CandidateGenerator):
@@ -85,7 +100,7 @@ def generate_scripted(model, ids, expected, script, monkeypatch):
 def test_every_number_of_accepted_tokens(name, drafted, shared_tiny, random_ids, monkeypatch):
     model, ids = shared_tiny(name), random_ids(1, 9)
     expected = generate(model, ids, max_new_tokens=40)
-    for right in range(drafted + 1):
+    for right in range(drafted + 1) if drafted != 16 else (0, 1, 8, 15, 16):  # 20 has all that 16 can take back
         tokens, matches = generate_scripted(model, ids, expected, [(drafted, right)], monkeypatch)
         assert_same_tokens(model, tokens, expected)
         if right < drafted:
@@ -115,8 +130,7 @@ def test_many_prompts(shared_tiny):
     for i in range(60):
         half = torch.randint(0, 120, (1, 1 + i % 20), generator=generator)
         ids = torch.cat([half, half], dim=1) if i % 2 else half
-        expected = generate(model, ids, max_new_tokens=8)
-        assert_same_tokens(model, generate(model, ids, max_new_tokens=8, **modes[i % 3]), expected)
+        assert_greedy(model, ids, generate(model, ids, max_new_tokens=8, **modes[i % 3]), 8)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -131,7 +145,7 @@ def test_modes_of_speculation(name, mode, length, shared_tiny, random_ids):
         "itself": {"assistant_model": model},
         "early_exit": {"assistant_early_exit": 2},
     }[mode]
-    assert_same_tokens(model, generate(model, ids, **options), generate(model, ids))
+    assert_greedy(model, ids, generate(model, ids, **options), 24)
 
 
 def test_drafts_that_grow_with_success(load_tiny, random_ids):
@@ -139,8 +153,7 @@ def test_drafts_that_grow_with_success(load_tiny, random_ids):
     draft.generation_config.num_assistant_tokens_schedule = "heuristic"
     draft.generation_config.num_assistant_tokens = 30
     draft.generation_config.assistant_confidence_threshold = 0.0
-    expected = generate(model, ids, max_new_tokens=120)
-    assert_same_tokens(model, generate(model, ids, max_new_tokens=120, assistant_model=draft), expected)
+    assert_greedy(model, ids, generate(model, ids, max_new_tokens=120, assistant_model=draft), 120)
     assert draft.generation_config.num_assistant_tokens > 30
 
 
@@ -258,9 +271,9 @@ def pair_probabilities(model, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("mode", ["lookup", "assistant"])
 def test_sampled_tokens_have_the_distribution_of_the_model(mode, four_tokens):
     model, draft = four_tokens
-    ids = torch.tensor([[1, 2, 3, 1, 2]])
+    ids = torch.tensor([[2, 1, 2, 1, 2]])  # its pairs are closest to equally likely: fewest samples are needed
     options = {"lookup": {"prompt_lookup_num_tokens": 3, "eos_token_id": 99}, "assistant": {"assistant_model": draft}}
-    probabilities, counts, samples = pair_probabilities(model, ids), torch.zeros(4, 4), 450
+    probabilities, counts, samples = pair_probabilities(model, ids), torch.zeros(4, 4), 310
     torch.manual_seed(0)
     for _ in range(samples):
         tokens = model.generate(ids, do_sample=True, top_k=0, max_new_tokens=4, **options[mode])[0, ids.shape[1] :]
