@@ -134,7 +134,8 @@ def test_text_and_drafts_by_parts(model, stepping, split):
 
 
 @torch.no_grad()
-def test_packed_prompts_by_parts(model, stepping, split):
+def test_packed_prompts_by_parts(model, split, monkeypatch):
+    monkeypatch.setattr(decode_path, "gpu_has_kernels", lambda model: True)
     mask, longer = MASK.clone(), PROMPT.repeat(1, 2)
     mask[1, 4] = 0  # a hole
 
