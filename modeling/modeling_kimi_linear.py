@@ -45,6 +45,7 @@ from .layers.moe import KimiTopkRouter
 from .layers.norms import KimiRMSNorm
 from .layers.sequence_layout import PaddingLayout, cu_seqlens_of_restarts, position_ids_of_packed
 from .plain_modules import Noticing, reads_weights
+from .prompt.carrying import Carrying
 from .prompt.path import PromptPath
 from .prompt.segments import forward_in_segments, takes_segments
 from .transformers_versions import CACHE_NAME, as_argument, name_language_model, one_cache, warn_outside_range
@@ -165,7 +166,7 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         tokens = input_ids if inputs_embeds is None else inputs_embeds
-        if takes_segments(self.config, tokens, attention_mask, position_ids, past_key_values, kwargs):
+        if takes_segments(self, tokens, attention_mask, position_ids, past_key_values, kwargs):
             return forward_in_segments(
                 self,
                 input_ids=input_ids,
@@ -211,13 +212,18 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
 
         with _taking_tokens(past_key_values):
             hidden_states = inputs_embeds
+            carrying = Carrying(
+                hidden_states,
+                attention_mask=attention_mask.get("full_attention"),
+                padding=padding,
+                cu_seqlens=cu_seqlens,
+                position_ids=position_ids,
+            )
             for layer in islice(self.layers, self.config.num_hidden_layers):  # a slice would register them anew
+                hidden_states, options = carrying.beside(layer, hidden_states)
                 hidden_states = layer(
                     hidden_states,
-                    attention_mask=attention_mask.get("full_attention"),
-                    padding=padding,
-                    cu_seqlens=cu_seqlens,
-                    position_ids=position_ids,
+                    **options,
                     # By this name GradientCheckpointingLayer finds it and leaves it out; else a replay would write it.
                     **{CACHE_NAME: past_key_values},
                     **kwargs,
@@ -325,6 +331,8 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiGenerationMixin):
                 prompt_progress=prompt_progress,
                 **kwargs,
             )
+            if torch.is_tensor(kept):
+                kept = kept.to(outputs.last_hidden_state.device)
             logits = self.lm_head(outputs.last_hidden_state[:, kept])
             loss = None
             if labels is not None:

@@ -122,12 +122,25 @@ def hanging(module: nn.Module) -> str | None:
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return "is called with global hooks (register_module_forward_hook)"
     held = module.__dict__
-    if ("forward" in held or "_hf_hook" in held) and not _forward_is_placed_only(module):
-        return "has a hook of accelerate that brings weights, or a forward that was replaced on the instance"
+    if ("forward" in held or "_hf_hook" in held) and not is_placed_only(module):
+        return _foreign_forward(module)
     for hooks in (held["_forward_hooks"], held["_forward_pre_hooks"]):
         if hooks and not all(map(_is_harmless_hook, hooks.values())):
             return "has a hook"
     return None
+
+
+def _foreign_forward(module: nn.Module) -> str:
+    """What is around the forward of `module`, in words that follow its name."""
+    hooks, hook = sys.modules.get("accelerate.hooks"), module.__dict__.get("_hf_hook")
+    if hooks is not None and type(hook) is hooks.AlignDevicesHook and hook.offload:
+        return (
+            "has weights that accelerate brings from the CPU or from disk at each call; steps need all weights on "
+            "GPUs: more of them, a max_memory that leaves none out, or a smaller dtype"
+        )
+    if hook is not None and not _places_only(hook):
+        return f"has a hook of accelerate ({type(hook).__name__})"
+    return "has a forward that was replaced on the instance"
 
 
 def weights_are_plain(modules: tuple[nn.Module, ...], device: torch.device) -> bool:
@@ -168,7 +181,7 @@ def hanging_on_root(model: nn.Module, dtype: torch.dtype) -> str | None:
         if not all(map(_is_harmless_hook, hooks.values())):
             return "has a hook"
     if "_hf_hook" in held and not _places_only(held["_hf_hook"]):
-        return "has a hook of accelerate that brings weights"
+        return _foreign_forward(model)
     if "forward" in held and not _leads_to(held["forward"], own_forward, model, dtype):
         return "has a forward that was replaced on the instance, or autocast to another dtype around it"
     return None
@@ -210,9 +223,11 @@ def _places_only(hook: Any) -> bool:
     return type(hook) is hooks.AlignDevicesHook and not hook.offload
 
 
-def _forward_is_placed_only(module: nn.Module) -> bool:
-    """Whether the instance's forward is the one that accelerate makes around the class's, for a hook that places."""
+def is_placed_only(module: nn.Module) -> bool:
+    """Whether nothing is around the forward of `module`, or what accelerate puts there for a hook that only places."""
     held = module.__dict__
+    if "_hf_hook" not in held:  # removing a hook leaves the class's own forward on the instance
+        return "forward" not in held or own_method(module, "forward", type(module).forward)
     forward, old = held.get("forward"), held.get("_old_forward")
     return (
         _places_only(held.get("_hf_hook"))
@@ -221,6 +236,12 @@ def _forward_is_placed_only(module: nn.Module) -> bool:
         and getattr(old, "__func__", None) is type(module).forward
         and old.__self__ is module
     )
+
+
+def take_hook_off(module: nn.Module) -> None:
+    """Take accelerate's hook off `module`, of which `is_placed_only` holds."""
+    sys.modules["accelerate.hooks"].remove_hook_from_module(module)
+    del module.forward  # the class's own, which accelerate leaves on the instance
 
 
 def _closed_over(function: Any, name: str) -> Any:
@@ -266,7 +287,9 @@ __all__ = [
     "foreign_methods",
     "hanging",
     "hanging_on_root",
+    "is_placed_only",
     "own_method",
     "reads_weights",
+    "take_hook_off",
     "weights_are_plain",
 ]

@@ -8,6 +8,8 @@ from transformers import DynamicCache
 
 from ...configuration.configuration_kimi_linear import KimiLinearConfig
 from ...modeling.cache.kimi_linear_cache import KDACacheLayer, KimiLinearCache
+from ...modeling.modeling_kimi_linear import KimiLinearPreTrainedModel
+from ...modeling.placement import take_hooks_off_layers
 
 _STD = 0.02
 
@@ -44,7 +46,10 @@ def random_model(model_class: Any, config: Any, device: Any = "cuda", seed: int 
         return model
     from accelerate import dispatch_model
 
-    return dispatch_model(model, device)
+    model = dispatch_model(model, device)
+    if isinstance(model, KimiLinearPreTrainedModel):
+        take_hooks_off_layers(model)  # as from_pretrained does
+    return model
 
 
 @torch.no_grad()

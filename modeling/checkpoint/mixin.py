@@ -7,6 +7,7 @@ import torch
 from safetensors import SafetensorError
 from transformers.modeling_utils import PreTrainedModel
 
+from ..placement import check_device_map, take_hooks_off_layers
 from .conversions import (
     check_experts_were_read,
     conversions_for_loading,
@@ -46,13 +47,23 @@ class ReleasedCheckpointMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any):
-        """As transformers', but quantised files that would load wrong are refused before a weight is read."""
+        """As transformers', but quantised files that would load wrong are refused before a weight is read.
+
+        Of a model that is spread over devices the hooks inside decoder layers are taken off (see placement.py).
+
+        Raises:
+            ValueError: for such files, and for a device map that splits a decoder layer or leaves modules out.
+        """
         refuse_unreadable(pretrained_model_name_or_path, config, kwargs)
         with asking(kwargs):
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        take_hooks_off_layers(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     @staticmethod
     def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, **kwargs: Any):
+        if load_config.device_map:
+            check_device_map(model, load_config.device_map)
         mapping = conversions_for_loading(load_config.weight_mapping, load_config.hf_quantizer, model, checkpoint_files)
         load_config = dataclasses.replace(load_config, weight_mapping=mapping)
         prepare_packed(model, checkpoint_files, load_config)

@@ -39,7 +39,7 @@ def sample_with_steps(
     stopping_criteria: Any,
     generation_config: Any,
     streamer: Any,
-    attention_mask: torch.Tensor | None,
+    mask: torch.Tensor | None,
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
     """Continue from `outputs`, the prompt's; arguments and result are those of `GenerationMixin._sample`.
 
@@ -50,13 +50,12 @@ def sample_with_steps(
         outputs: of the prompt's forward: its last logits and the `KimiLinearCache`.
         input_ids: [B, T], the prompt.
         logits_processor, stopping_criteria, generation_config, streamer: from `generate`.
-        attention_mask: [B, cached positions] of the prompt, or None.
+        mask: of the prompt, as `mask_for_all_steps` gives it.
 
     Raises:
         RuntimeError: scores that give no probabilities, as from transformers' own loop, only later.
     """
     cache, records = outputs[CACHE_NAME], _Records(generation_config)
-    mask = _mask_for_all_steps(attention_mask, stopping_criteria, outputs.logits.device)
     pad = generation_config._pad_token_tensor
     has_eos = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
     limits = [criteria for criteria in stopping_criteria if type(criteria) is MaxLengthCriteria]
@@ -65,7 +64,10 @@ def sample_with_steps(
     sound = unfinished
 
     def last_logits(logits: torch.Tensor) -> torch.Tensor:
-        return logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+        last = logits[:, -1]
+        if last.device != input_ids.device:
+            last = last.to(input_ids.device)  # half as many bytes as in fp32
+        return last.to(copy=True, dtype=torch.float32)
 
     logits = last_logits(outputs.logits)
     del outputs
@@ -187,10 +189,16 @@ class _Records:
         )
 
 
-def _mask_for_all_steps(
+def mask_for_all_steps(
     attention_mask: torch.Tensor | None, stopping_criteria: Any, device: torch.device
 ) -> torch.Tensor | None:
-    """The prompt's mask with room for what is generated, or None if nothing is padding."""
+    """The prompt's mask with room for what is generated, or None if nothing is padding.
+
+    Args:
+        attention_mask: [B, cached positions and the prompt], or None.
+        stopping_criteria: from `generate`, which may know the longest text.
+        device: of the steps' masks.
+    """
     if attention_mask is None:
         return None
     _, mask = step_mask(attention_mask.to(device), attention_mask.shape[1])
@@ -204,4 +212,4 @@ def _grown(mask: torch.Tensor, length: int) -> torch.Tensor:
     return torch.nn.functional.pad(mask, (0, max(length - mask.shape[1], 256)), value=True)
 
 
-__all__ = ["can_sample_with_steps", "sample_with_steps"]
+__all__ = ["can_sample_with_steps", "mask_for_all_steps", "sample_with_steps"]

@@ -17,6 +17,7 @@ from ..cache.kimi_linear_cache import KimiLinearCache
 from ..checkpoint.packed_modules import packed_formats
 from ..layers.moe import KimiTopkRouter
 from ..module_watch import ModuleWatch
+from ..placement import device_of_name, layer_spans
 from ..plain_modules import Noticing, foreign_methods, hanging
 from .row_parts import RowParts
 from .shapes import released_shapes
@@ -100,8 +101,11 @@ class DecodePath:
 
 
 def gpu_has_kernels(model: Any) -> bool:
-    """Whether the step's kernels run where `model` is, and are meant to."""
-    device = _device_of(model)
+    """Whether the step's kernels run where the head of `model` is, and are meant to."""
+    return _has_kernels(_device_of(model))
+
+
+def _has_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and kernels_serve(device) and is_first_choice(device)
 
 
@@ -112,6 +116,8 @@ def _device_of(model: Any) -> torch.device:
 
 def _passing_reason(model: Any) -> str | None:
     """What no look at the modules shows: the state of this thread, and the device."""
+    if _device_of(model).type == "meta":
+        return f"lm_head {hanging(model.lm_head) or 'has no weights yet'}"
     if not gpu_has_kernels(model):
         return f"the kernels need Triton and an NVIDIA GPU from sm_80 on; the model is on {_device_of(model)}"
     if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
@@ -172,15 +178,20 @@ def _changed_scalar(module: nn.Module, config: Any) -> str | None:
 
 def _foreign_tensor(model: Any) -> str | None:
     """A parameter or buffer that a step can't read, in words; or None."""
-    device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
+    spans, dtype = layer_spans(model), model.lm_head.weight.dtype
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"parameters are {dtype}"
     shapes = released_shapes(model.config)
     for name, x in (*model.named_parameters(), *model.named_buffers()):
+        device = device_of_name(name, spans)
+        if name == "model.norm.weight" and x.device.type == device.type:
+            device = x.device  # the last part fetches it
         plain = type(x) in (nn.Parameter, torch.Tensor) and x.is_contiguous() and x.device == device
         fixed = not name.endswith(("A_log", "dt_bias", "e_score_correction_bias"))
         if not plain or not x.is_floating_point() or (fixed and x.dtype != dtype):
             return f"{name} is a {type(x).__name__} of {x.dtype} on {x.device}, beside {dtype} on {device}"
+        if device.type != spans[-1].device.type or (device.type == "cuda" and not _has_kernels(device)):
+            return f"{name} is on {device}, where the kernels don't run"
         wanted = shapes.get(name)
         if wanted is None or tuple(x.shape) != wanted:
             return f"{name} is {list(x.shape)}, and the config says {wanted and list(wanted)}"

@@ -14,6 +14,7 @@ products, which tile over both sides, and MLA goes to and from latent space by t
 import weakref
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -107,6 +108,8 @@ class StepPlan:
         self.partial_lse = empty(N, splits, heads, dtype=torch.float32)
         if self.span.has_head:
             self.logits = empty(N, self._model().lm_head.weight.shape[0])
+            elsewhere = self._model().model.norm.weight.device != self.device
+            self._norm_weight = empty(H) if elsewhere else None
         if "sparse" in config.mlp_layer_types[self.span.first : self.span.end]:
             E, topk, I = config.num_experts, config.num_experts_per_token, config.moe_intermediate_size
             shared = config.num_shared_experts
@@ -170,7 +173,16 @@ class StepPlan:
 
     def _launch_head(self) -> None:
         model = self._model()
-        self._linear(self.x, [model.lm_head], self.logits, norm=model.model.norm)
+        norm = model.model.norm
+        if self._norm_weight is not None:
+            norm = SimpleNamespace(weight=self._norm_weight, variance_epsilon=norm.variance_epsilon)
+        self._linear(self.x, [model.lm_head], self.logits, norm=norm)
+
+    @torch.no_grad()
+    def fetch(self) -> None:
+        """Before `launch`: copy what the span reads of another device, the final norm if the head is alone on its."""
+        if self.span.has_head and self._norm_weight is not None:
+            self._norm_weight.copy_(self._model().model.norm.weight, non_blocking=True)
 
     def _linear(
         self,

@@ -12,6 +12,7 @@ before its projection, sums are rounded once. Nothing is less precise.
 import threading
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ...configuration.configuration_kimi_linear import KimiLinearConfig
 from ..cache.kimi_linear_cache import KDACacheLayer, KimiLinearCache
 from ..generate.resume import NextLogits
 from ..placement import LayerSpan, layer_spans
+from .hand_over import HandOver
 from .inputs import StepInputs
 from .plan import StepPlan
 from .step_part import StepPart
@@ -49,6 +51,7 @@ class DecodeStep:
         self.parts = [StepPart(model, batch, tokens, span) for span in layer_spans(model)]
         self.device, self.dtype = self.parts[0].device, self.plan.dtype
         self.inputs = StepInputs(self.config, batch, self.dtype, self.spans)
+        self._hand_overs = [HandOver(a.x, b.x) for a, b in pairwise(self.plans)]
         self._lock = threading.Lock()
         self._past_on_device = -1
         self._past_of_run = -1
@@ -147,7 +150,7 @@ class DecodeStep:
         """Run the parts from `first` on, each on the hidden state that the one before it left."""
         for i in range(first, len(self.parts)):
             if i > 0:
-                self.parts[i].plan.x.copy_(self.parts[i - 1].plan.x, non_blocking=True)
+                self._hand_overs[i - 1]()
             self.parts[i].run()
 
     def commit(self, cache: KimiLinearCache) -> None:
@@ -183,19 +186,28 @@ class DecodeStep:
         Returns:
             Whether the cache holds what it counts.
         """
+        self._finish()
         if not self._has_run():
             return self.take_back(cache, past)
         if active is None or bool(active):
             self.commit(cache)
-            cache.next_logits = NextLogits(
-                cache.get_seq_length(), self.plan.logits.view(self.batch, self.tokens, -1)[:, -1]
-            )
+            logits = self.plan.logits.view(self.batch, self.tokens, -1)[:, -1]
+            cache.next_logits = NextLogits(cache.get_seq_length(), logits.clone())  # the next run overwrites them
         else:
             self.skip(cache)
         return True
 
+    def _finish(self) -> None:
+        """Run the parts that an interruption came before, if there was one between two parts."""
+        have_run = [part.has_run(self._past_of_run) for part in self.parts]
+        if have_run[0] and not all(have_run) and all(part.runs_whole_or_not for part in self.parts):
+            self._run_parts(have_run.index(False))
+
     def take_back(self, cache: KimiLinearCache, past: int) -> bool:
-        """After a failure: let `cache` have the `past` tokens that it had before `prepare`, if it can (see `undo`)."""
+        """After a failure: let `cache` have the `past` tokens that it had before `prepare`, if it can (see `undo`).
+
+        It can if no part has changed it, or if the cache records.
+        """
         for part in self.parts:
             if part.runs_whole_or_not and not part.has_run(self._past_of_run):
                 self._leave(cache, part.span)

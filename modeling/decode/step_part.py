@@ -24,6 +24,7 @@ class StepPart:
         self.plan = StepPlan(model, batch, tokens, span)
         self._streams: set[int] = set()
         self._held: tuple[int, ...] | None = None  # what the table holds
+        self._mask: torch.Tensor | None = None
         self._was_conditional = False
         self._done: torch.cuda.Event | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -68,7 +69,7 @@ class StepPart:
     def point_at(self, cache: KimiLinearCache, mask: torch.Tensor | None, length: int, first_row: int) -> None:
         """Let the next run work on `cache`, after making room for `length` positions; arguments as `DecodeStep`'s."""
         entries = self._entries(cache, mask, length, first_row)
-        if entries == self._held:
+        if not entries or entries == self._held:
             return
         # From pinned memory, or the host would wait for every step launched so far.
         table = torch.tensor(entries, dtype=torch.int64, pin_memory=self.device.type == "cuda")
@@ -80,6 +81,7 @@ class StepPart:
         self, cache: KimiLinearCache, mask: torch.Tensor | None, length: int, first_row: int
     ) -> tuple[int, ...]:
         """What the table is to hold, layer by layer."""
+        mask = self._mask_here(mask)
         masked = (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))
         entries: list[int] = []
         for layer in cache.layers[self.span.first : self.span.end]:
@@ -90,6 +92,14 @@ class StepPart:
                 layer.reserve(length)
                 entries += (layer.storage[first_row:].data_ptr(), layer.storage.stride(0), *masked)
         return tuple(entries)
+
+    def _mask_here(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """`mask`, or a copy on this device, at the same address as the last one if that had the same shape."""
+        if mask is None or mask.device == self.device:
+            return mask
+        if self._mask is None or self._mask.shape != mask.shape:
+            self._mask = torch.empty(mask.shape, dtype=torch.bool, device=self.device)
+        return self._mask.copy_(mask, non_blocking=True)
 
     def _recording_entry(self, layer: KDACacheLayer, first_row: int) -> tuple[int, int]:
         """(address of the first new token in the layer's recording or 0, elements between its sequences)."""
@@ -104,7 +114,8 @@ class StepPart:
         """Let the next run leave the cache alone if the bool scalar `active` is False; None: it never does."""
         if active is not None:
             self._was_conditional = True
-            torch.mul(active.expand_as(self.plan.lengths), self.plan.tokens, out=self.plan.lengths)
+            here = active.to(self.device, non_blocking=True)
+            torch.mul(here.expand_as(self.plan.lengths), self.plan.tokens, out=self.plan.lengths)
         elif self._was_conditional:
             self.plan.lengths.fill_(self.plan.tokens)
             self._was_conditional = False
@@ -122,6 +133,7 @@ class StepPart:
 
     def run(self) -> None:
         """Launch everything."""
+        self.plan.fetch()
         if self._graph is None:
             self.plan.launch()
         else:

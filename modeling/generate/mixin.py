@@ -10,7 +10,7 @@ from transformers.generation import GenerationMixin
 
 from ...kernels.kda.step import MAX_NEW_TOKENS
 from ..cache.kimi_linear_cache import KimiLinearCache
-from ..decode.loop import can_sample_with_steps, sample_with_steps
+from ..decode.loop import can_sample_with_steps, mask_for_all_steps, sample_with_steps
 from ..decode.path import MAX_CHUNKED_TOKENS, serves, step_mask
 from ..decode.step import MAX_STEP_TOKENS
 from ..input_checks import check_cache, check_mask, check_token_ids, expect_token_ids
@@ -257,11 +257,13 @@ class KimiGenerationMixin(GenerationMixin):
         self._decode.look_again()
         find_step = partial(self._decode.step, self, input_ids.shape[0], 1)
         ours = can_sample_with_steps(generation_config, model_kwargs, synced_gpus)
-        if not ours or self._reason_for_library_loop() is not None or find_step() is None:
+        step = find_step() if ours and self._reason_for_library_loop() is None else None
+        if step is None:
             return super()._sample(
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
             )
         outputs = self._prefill(input_ids, generation_config, model_kwargs)
+        mask = mask_for_all_steps(model_kwargs.get("attention_mask"), stopping_criteria, step.device)
         forward = partial(self, use_cache=True, return_dict=True)
         return sample_with_steps(
             find_step,
@@ -272,7 +274,7 @@ class KimiGenerationMixin(GenerationMixin):
             stopping_criteria,
             generation_config,
             streamer,
-            model_kwargs.get("attention_mask"),
+            mask,
         )
 
 

@@ -19,7 +19,7 @@ from ..input_checks import (
     check_positions,
     check_token_ids,
 )
-from ..placement import layer_spans
+from ..placement import LayerSpan, layer_spans
 from ..plain_modules import hanging
 from .packing import Packing
 from .plan import BLOCK_TOKENS, PromptPlan
@@ -44,7 +44,7 @@ class PromptPath:
 
     def __init__(self) -> None:
         self._runs: dict[tuple[int, int], PromptRun] = {}
-        self._pool: SharedPool | None = None
+        self._pools: dict[torch.device, SharedPool] = {}
         self._compiled: set[bool] = set()
         self._made_from: Any = None
         self._looked_at: Any = None
@@ -77,7 +77,7 @@ class PromptPath:
         """Free graphs and buffers."""
         with self._lock:
             self._runs.clear()
-            self._pool = None
+            self._pools.clear()
 
     def hidden_states(
         self,
@@ -112,7 +112,7 @@ class PromptPath:
         if past > 0 and inputs.misfit(cache) is not None:
             return None
         clear = slice(past, past + length) if packing.has_padding else None
-        mask, input_ids = None if mask is None else mask.to(weight.device).contiguous(), input_ids.to(weight.device)
+        mask, input_ids = None if mask is None else mask.contiguous(), input_ids.to(inputs.device)
         with self._lock, cache.changing("a packed prompt", partial(cache.undo, past)):
             open_cache(cache, inputs, model, past + length, clear)
             run = self._captured if captured else self._launched
@@ -133,12 +133,14 @@ class PromptPath:
         if model._decode.made_from is not self._made_from:
             self.clear()
             self._made_from = model._decode.made_from
-        if self._pool is None:
-            self._pool = SharedPool(input_ids.device)
+        spans = _spans(model)
+        for span in spans:
+            if span.device not in self._pools:
+                self._pools[span.device] = SharedPool(span.device)
         key = _room(TOKENS, packing.tokens), _room(SEQUENCES, packing.shape[0])
         run = self._runs.get(key)
         if run is None:
-            run = self._runs[key] = PromptRun(PromptPlan(model, *key), self._pool)
+            run = self._runs[key] = PromptRun([PromptPlan(model, span, *key) for span in spans], self._pools)
         return run(cache, input_ids, packing, mask, kept)
 
     def _launched(
@@ -151,8 +153,10 @@ class PromptPath:
         kept: slice | torch.Tensor,
     ) -> torch.Tensor:
         """From the host, as many rows at a time as `PART_TOKENS` and `PART_KEYS` allow."""
+        spans = _spans(model)
         if packing.has_holes not in self._compiled and input_ids.device.type == "cuda":
-            compile_launches(PromptPlan(model, 2 * BLOCK_TOKENS, 1, 64, packing.has_holes))
+            for span in spans:
+                compile_launches(PromptPlan(model, span, 2 * BLOCK_TOKENS, 1, 64, packing.has_holes))
             self._compiled.add(packing.has_holes)
         hidden = []
         for begin, end in packing.row_parts(PART_TOKENS, PART_KEYS):
@@ -162,10 +166,16 @@ class PromptPath:
                 hidden.append(model.lm_head.weight.new_zeros(end - begin, positions, model.config.hidden_size))
                 continue
             tokens, keys = (-(-n // 64) * 64 for n in (part.tokens, part.keys))
-            run = PromptRun(PromptPlan(model, tokens, end - begin, keys, packing.has_holes))
+            size = tokens, end - begin, keys, packing.has_holes
+            run = PromptRun([PromptPlan(model, span, *size) for span in spans])
             rows = slice(begin, end)
             hidden.append(run(cache, input_ids[rows], part, None if mask is None else mask[rows], kept, begin))
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+
+
+def _spans(model: Any) -> list[LayerSpan]:
+    """The spans that have the embedding or layers."""
+    return [span for span in layer_spans(model) if span.embeds or span.first < span.end]
 
 
 def _room(sizes: tuple[int, ...], needed: int) -> int:
@@ -232,8 +242,6 @@ def may_serve(
 
 def _reason_beyond_steps(model: Any) -> str | None:
     """Why `model` takes no prompt by packed plans though it may decode by steps, in words; or None."""
-    if len(layer_spans(model)) > 1:
-        return "the layers are on several devices"
     if formats := packed_formats(model):
         return f"packed weights ({', '.join(formats)}) have no packed prompts yet"
     for name, module in model.named_modules():

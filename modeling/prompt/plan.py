@@ -40,7 +40,7 @@ from ...kernels.prompt.packed_kda import packed_conv_fwd, packed_gated_norm_fwd,
 from ...kernels.prompt.packed_latent import packed_attend_fwd, packed_row_fwd
 from ...kernels.prompt.packed_routing import packed_route_fwd
 from ..decode.plan import StepPlan
-from ..placement import layer_spans
+from ..placement import LayerSpan
 
 # Most tokens whose experts go through blocks of pairs (decode/grouped_experts.py); more take the library's products.
 BLOCK_TOKENS = 1024
@@ -54,7 +54,8 @@ class PromptPlan(StepPlan):
     What passes between launches is allocated as they are launched, and free again after each layer.
 
     Args:
-        model: a `KimiLinearForCausalLM` whose parameters are plain, of one dtype, on one device.
+        model: a `KimiLinearForCausalLM` whose parameters are plain, of one dtype, those of `span` on its device.
+        span: the layers that the plan runs; with the embedding before them if it is there.
         tokens: T, room for tokens.
         sequences: N, room for rows.
         keys: L, room for the positions that the tokens see; None for attention in latent space, which reads them in
@@ -66,13 +67,22 @@ class PromptPlan(StepPlan):
             [N + 1], `key_rows` [L] and `key_positions` [L] are its parts.
         input_ids: [T] int64.
         table: [layers, 4] int64, as the step's.
-        x: [T, hidden_size], the residual stream after the last layer; what padding holds has no meaning.
+        x: [T, hidden_size], the residual stream before the span's layers, if it doesn't embed, and after them; what
+            padding holds has no meaning.
     """
 
-    def __init__(self, model: Any, tokens: int, sequences: int, keys: int | None = None, masked: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        span: LayerSpan,
+        tokens: int,
+        sequences: int,
+        keys: int | None = None,
+        masked: bool = False,
+    ) -> None:
         self.sequences, self.keys, self.masked = sequences, keys, masked
         self.p = None  # the step's buffer, see `_part`
-        super().__init__(model, 1, tokens, layer_spans(model)[0])
+        super().__init__(model, 1, tokens, span)
 
     @torch.inference_mode(False)  # what is made in inference mode can't be written outside of it
     def _allocate(self) -> None:
@@ -88,7 +98,7 @@ class PromptPlan(StepPlan):
         self.key_positions = parts[6]
         self.rows.fill_(-1)
         self.input_ids = torch.zeros(T, dtype=torch.int64, device=self.device)
-        self.table = torch.zeros(self.config.num_hidden_layers, 4, dtype=torch.int64, device=self.device)
+        self.table = torch.zeros(self.span.end - self.span.first, 4, dtype=torch.int64, device=self.device)
         self.x = self._empty(T, self.config.hidden_size)
 
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -105,7 +115,7 @@ class PromptPlan(StepPlan):
 
     def kinds_of_launches(self) -> list[Callable[[], None]]:
         """As the step's, but for its head. The caller has put no row into the plan."""
-        layers = self._model().model.layers
+        layers = self._layers()
         mixers = {layer.is_kda: i for i, layer in enumerate(layers)}
         mlps = {layer.is_moe: layer for layer in layers}
         self._begin()
@@ -116,11 +126,11 @@ class PromptPlan(StepPlan):
 
     @torch.no_grad()
     def launch(self) -> None:
-        """Run the layers on what `input_ids`, `numbers` and `table` hold."""
-        model = self._model().model
-        torch.index_select(model.embed_tokens.weight, 0, self.input_ids, out=self.x)
+        """Run the layers on what `input_ids` or `x`, `numbers` and `table` hold."""
+        if self.span.embeds:
+            torch.index_select(self._model().model.embed_tokens.weight, 0, self.input_ids, out=self.x)
         self._begin()
-        for layer, entry in zip(model.layers, self.table):
+        for layer, entry in zip(self._layers(), self.table):
             self._launch_mixer(layer, entry)
             self._launch_mlp(layer)
 

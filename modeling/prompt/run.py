@@ -6,13 +6,17 @@ the same time. A prompt that is launched from the host is made for its length; i
 the host.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from ...kernels.gpu.compile_threads import run_in_threads
+from ...kernels.gpu.launching import launching_on
 from ..cache.kimi_linear_cache import KDACacheLayer, KimiLinearCache
+from ..decode.hand_over import HandOver
 from ..decode.inputs import StepInputs
+from ..placement import device_of_layer
 from .packing import Packing
 from .plan import PromptPlan
 
@@ -26,8 +30,8 @@ class SharedPool:
         self.done = torch.cuda.Event() if on_gpu else None
 
 
-class PromptRun:
-    """The layers over packed tokens.
+class PromptPart:
+    """The layers of one device over packed tokens.
 
     Args:
         plan: with room for them.
@@ -39,12 +43,14 @@ class PromptRun:
         self.plan, self.device = plan, plan.device
         self._pool = pool if plan.device.type == "cuda" else None
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._mask: torch.Tensor | None = None
         self._streams: set[int] = set()
         if self._pool is not None:
             self._capture()
 
     def _capture(self) -> None:
         """Record the launches. Without rows they touch no cache."""
+        self.plan.x.zero_()
         compile_launches(self.plan)
         with torch.cuda.device(self.device):
             self.plan.launch()
@@ -54,6 +60,82 @@ class PromptRun:
             options = {"pool": self._pool.handle, "stream": stream, "capture_error_mode": "thread_local"}
             with torch.cuda.graph(self._graph, **options):
                 self.plan.launch()
+
+    def hand_over(
+        self,
+        cache: KimiLinearCache,
+        input_ids: torch.Tensor,
+        packing: Packing,
+        mask: torch.Tensor | None,
+        first_row: int,
+    ) -> None:
+        """Let the next launch work on these tokens; arguments as `PromptRun.__call__`."""
+        if self._pool is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._pool.done)  # of a run in another stream
+        plan = self.plan
+        numbers = to_device(packing.numbers(plan.tokens, plan.sequences, plan.keys or 0), self.device)
+        plan.numbers.copy_(numbers[: len(plan.numbers)])
+        if plan.span.embeds:
+            torch.index_select(input_ids.reshape(-1), 0, numbers[len(plan.numbers) :], out=plan.input_ids)
+        self._mask = None if mask is None else mask.to(self.device, non_blocking=True)  # read by its address
+        entries = self._entries(cache, self._mask, first_row)
+        if not entries:
+            return
+        table = torch.tensor(entries, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        plan.table.copy_(table.view_as(plan.table), non_blocking=True)
+
+    def _entries(self, cache: KimiLinearCache, mask: torch.Tensor | None, first_row: int) -> list[int]:
+        """What the table is to hold, layer by layer."""
+        masked = (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))
+        entries: list[int] = []
+        for layer in cache.layers[self.plan.span.first : self.plan.span.end]:
+            if isinstance(layer, KDACacheLayer):
+                entries += (layer.state[first_row:].data_ptr(), layer.window[first_row:].data_ptr(), 0, 0)
+            else:
+                entries += (layer.storage[first_row:].data_ptr(), layer.storage.stride(0), *masked)
+        return entries
+
+    def launch(self) -> None:
+        """Run the layers."""
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            with launching_on(self.device):
+                self.plan.launch()
+
+    def current_stream(self) -> torch.cuda.Stream | None:
+        """The current stream, in which the buffers are in use from now on: a plan may be dropped while it runs."""
+        if self._pool is None:
+            return None
+        stream = torch.cuda.current_stream(self.device)
+        if stream.cuda_stream not in self._streams:
+            for buffer in self.plan.buffers():
+                buffer.record_stream(stream)
+            self._streams.add(stream.cuda_stream)
+        return stream
+
+    def mark_end(self, stream: torch.cuda.Stream | None) -> None:
+        """Let runs in other streams wait for what `stream` has been given so far."""
+        if stream is not None:
+            self._pool.done.record(stream)
+
+
+class PromptRun:
+    """All layers over packed tokens.
+
+    Args:
+        plans: one for each device that has layers, in their order.
+        pools: of the plans' devices; None as for `PromptPart`.
+    """
+
+    def __init__(self, plans: list[PromptPlan], pools: dict[torch.device, SharedPool] | None = None) -> None:
+        self.parts = [PromptPart(plan, None if pools is None else pools[plan.device]) for plan in plans]
+        self._hand_overs = [HandOver(a.x, b.x) for a, b in pairwise(plans)]
+
+    @property
+    def plan(self) -> PromptPlan:
+        """Of the last part, whose hidden states are those of the run."""
+        return self.parts[-1].plan
 
     def __call__(
         self,
@@ -70,76 +152,36 @@ class PromptRun:
 
         Args:
             cache: with room for the tokens (`open_cache`).
-            input_ids: [B, T] on the plan's device.
+            input_ids: [B, T] on the first plan's device.
             packing: of these tokens.
-            mask: bool [B, past + T], dense, on the device, False at padding; None if nothing is.
+            mask: bool [B, past + T], dense, False at padding; None if nothing is.
             kept: of the T positions, those whose hidden states are wanted; zeros where there is padding.
             first_row: of these B rows in the cache.
         """
-        pinned = self.device.type == "cuda"
-        if self._pool is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._pool.done)  # of a run in another stream
-        self._hand_over(cache, input_ids, packing, mask, first_row)
+        for part in self.parts:
+            part.hand_over(cache, input_ids, packing, mask, first_row)
         places = packing.places()[:, kept.cpu() if isinstance(kept, torch.Tensor) else kept]
-        flat = places.clamp(min=0).flatten()
-        flat = (flat.pin_memory() if pinned else flat).to(self.device, non_blocking=True)
-        stream = None if self._pool is None else self._stream_of_run()
+        flat = to_device(places.clamp(min=0).flatten(), self.plan.device)
+        streams = [part.current_stream() for part in self.parts]
         try:
             for layer in cache.layers:
                 if isinstance(layer, KDACacheLayer):
                     layer.is_changing = True
-            self._launch()
+            for i, part in enumerate(self.parts):
+                if i > 0:
+                    self._hand_overs[i - 1]()
+                part.launch()
             hidden = self.plan.x.index_select(0, flat).view(*places.shape, -1)
         finally:
-            if stream is not None:
-                self._pool.done.record(stream)
+            for part, stream in zip(self.parts, streams):
+                part.mark_end(stream)
         padding = places < 0
-        return hidden.masked_fill_(padding.to(self.device)[..., None], 0.0) if bool(padding.any()) else hidden
+        return hidden.masked_fill_(padding.to(self.plan.device)[..., None], 0.0) if bool(padding.any()) else hidden
 
-    def _launch(self) -> None:
-        if self._graph is not None:
-            self._graph.replay()
-        elif self.device.type == "cuda":
-            with torch.cuda.device(self.device):
-                self.plan.launch()
-        else:
-            self.plan.launch()
 
-    def _hand_over(
-        self,
-        cache: KimiLinearCache,
-        input_ids: torch.Tensor,
-        packing: Packing,
-        mask: torch.Tensor | None,
-        first_row: int,
-    ) -> None:
-        plan, pinned = self.plan, self.device.type == "cuda"
-        numbers = packing.numbers(plan.tokens, plan.sequences, plan.keys or 0)
-        numbers = (numbers.pin_memory() if pinned else numbers).to(self.device, non_blocking=True)
-        plan.numbers.copy_(numbers[: len(plan.numbers)])
-        torch.index_select(input_ids.reshape(-1), 0, numbers[len(plan.numbers) :], out=plan.input_ids)
-        table = torch.tensor(self._entries(cache, mask, first_row), pin_memory=pinned)
-        plan.table.copy_(table.view_as(plan.table), non_blocking=True)
-
-    def _entries(self, cache: KimiLinearCache, mask: torch.Tensor | None, first_row: int) -> list[int]:
-        """What the table is to hold, layer by layer."""
-        masked = (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))
-        entries: list[int] = []
-        for layer in cache.layers:
-            if isinstance(layer, KDACacheLayer):
-                entries += (layer.state[first_row:].data_ptr(), layer.window[first_row:].data_ptr(), 0, 0)
-            else:
-                entries += (layer.storage[first_row:].data_ptr(), layer.storage.stride(0), *masked)
-        return entries
-
-    def _stream_of_run(self) -> torch.cuda.Stream:
-        """The current stream, in which the buffers are in use from now on: a plan may be dropped while it runs."""
-        stream = torch.cuda.current_stream(self.device)
-        if stream.cuda_stream not in self._streams:
-            for buffer in self.plan.buffers():
-                buffer.record_stream(stream)
-            self._streams.add(stream.cuda_stream)
-        return stream
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`x`, which is on the CPU, on `device`, without a wait of the host."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 def compile_launches(plan: PromptPlan) -> None:
@@ -162,8 +204,8 @@ def open_cache(cache: KimiLinearCache, inputs: StepInputs, model: Any, length: i
         clear: positions whose latent rows become zero, because some of them are padding; None if none is.
     """
     config = model.config
-    like = torch.empty(0, dtype=inputs.dtype, device=inputs.device)
     for layer, module in zip(cache.layers, model.model.layers):
+        like = torch.empty(0, dtype=inputs.dtype, device=device_of_layer(module))
         if isinstance(layer, KDACacheLayer):
             layer.weights = module.self_attn.step_weights()
             if layer.state is None:

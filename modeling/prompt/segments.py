@@ -14,32 +14,46 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from ...configuration.configuration_kimi_linear import KimiLinearConfig
 from ..cache.kimi_linear_cache import KimiLinearCache
 from ..input_checks import check_cache, check_mask, check_mask_values, check_positions, check_token_ids
 from ..layers.sequence_layout import cu_seqlens_of_restarts
+from ..placement import is_spread
 from ..transformers_versions import as_argument
 
 # Tokens (times batch) of a segment. At the released shape they take about 4 GiB while they go through a layer, the
 # rows gathered for the experts and KDA's tiles above all; fewer would leave each of 256 experts less than 1,024 rows.
 SEGMENT_TOKENS = 32768
+# The same where the layers are on several GPUs. Each GPU waits while the first segment is on its way to it, or the last
+# one has left it: shorter segments make that shorter.
+SPREAD_SEGMENT_TOKENS = 16384
 # KDA's chunk, and any power of two below.
 _MULTIPLE = 64
 
 
-def segment_bounds(batch_size: int, length: int) -> list[tuple[int, int]]:
-    """(begin, end) of the segments of a prompt: as few as SEGMENT_TOKENS allows, of about the same length.
+def segment_bounds(batch_size: int, length: int, segment_tokens: int | None = None) -> list[tuple[int, int]]:
+    """(begin, end) of the segments of a prompt: as few as `segment_tokens` allow, of about the same length.
 
     Equal lengths leave no short rest at the end, which would take another path through attention.
+
+    Args:
+        batch_size: rows.
+        length: tokens of each.
+        segment_tokens: most tokens of a segment, all rows together; None: SEGMENT_TOKENS.
     """
-    most = max(SEGMENT_TOKENS // batch_size // _MULTIPLE, 1) * _MULTIPLE
+    segment_tokens = SEGMENT_TOKENS if segment_tokens is None else segment_tokens
+    most = max(segment_tokens // batch_size // _MULTIPLE, 1) * _MULTIPLE
     count = -(-length // most)
     tokens = -(-length // (count * _MULTIPLE)) * _MULTIPLE
     return [(begin, min(begin + tokens, length)) for begin in range(0, length, tokens)]
 
 
+def segment_tokens_of(model: Any) -> int:
+    """Most tokens of a segment for a `KimiLinearModel`, which may be spread over several devices."""
+    return min(SPREAD_SEGMENT_TOKENS, SEGMENT_TOKENS) if is_spread(model) else SEGMENT_TOKENS
+
+
 def takes_segments(
-    config: KimiLinearConfig,
+    model: Any,
     tokens: torch.Tensor | None,
     attention_mask: Any,
     position_ids: torch.Tensor | None,
@@ -49,7 +63,7 @@ def takes_segments(
     """Whether a forward is cut into segments: inference over one long prompt a row, of which nothing is recorded.
 
     Args:
-        config: of the model; may ask for outputs to be recorded.
+        model: a `KimiLinearModel`; its config may ask for outputs to be recorded.
         tokens: [B, T] ids or [B, T, hidden_size] embeddings.
         attention_mask: [B, cached + T] or None can be cut; others can't.
         position_ids: [B, T]; where they may mark packed sequences, those can't be cut.
@@ -58,17 +72,50 @@ def takes_segments(
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or tokens is None or tokens.ndim < 2:
         return False
-    if 0 in tokens.shape[:2] or len(segment_bounds(*tokens.shape[:2])) < 2:
+    fewest = min(SPREAD_SEGMENT_TOKENS, SEGMENT_TOKENS)  # asked first, since most inputs are shorter than any segment
+    if 0 in tokens.shape[:2] or len(segment_bounds(*tokens.shape[:2], fewest)) < 2:
+        return False
+    if len(segment_bounds(*tokens.shape[:2], segment_tokens_of(model))) < 2:
         return False
     if attention_mask is not None and not (torch.is_tensor(attention_mask) and attention_mask.ndim == 2):
         return False
     recorded = ("output_hidden_states", "output_attentions", "output_router_logits")
-    if any(options.get(name, getattr(config, name, False)) for name in recorded):
+    if any(options.get(name, getattr(model.config, name, False)) for name in recorded):
         return False
     if options.get("cu_seq_lens_q") is not None:
         return False
     may_be_packed = position_ids is not None and attention_mask is None and past_key_values is None
     return not may_be_packed or cu_seqlens_of_restarts(position_ids) is None
+
+
+class Progress:
+    """Reports of finished segments to `report`, if there is one, while the host launches up to two segments more.
+
+    Args:
+        report: called with (tokens done, tokens of the prompt).
+        length: tokens of the prompt.
+    """
+
+    def __init__(self, report: Callable[[int, int], None] | None, length: int) -> None:
+        self._report, self._length = report, length
+        self._under_way: list[tuple[int, torch.cuda.Event]] = []
+
+    def launched(self, end: int, device: torch.device) -> None:
+        """The segment that ends with token `end` is launched, its last layers in the current stream of `device`."""
+        if self._report is None:
+            return
+        if device.type != "cuda":
+            self._report(end, self._length)
+            return
+        self._under_way.append((end, torch.cuda.current_stream(device).record_event()))
+        self.wait(2)
+
+    def wait(self, left: int = 0) -> None:
+        """Wait until at most `left` segments are under way."""
+        while len(self._under_way) > left:
+            end, event = self._under_way.pop(0)
+            event.synchronize()
+            self._report(end, self._length)
 
 
 def forward_in_segments(
@@ -105,12 +152,14 @@ def forward_in_segments(
     if isinstance(cache, KimiLinearCache):
         cache.expect(cache.get_seq_length() + length)
     kept_from = 0 if keep_last is None else max(length - keep_last, 0)
-    outputs = []
+    outputs, progress = [], Progress(prompt_progress, length)
     with cache.taking_tokens("a prompt in segments") if isinstance(cache, KimiLinearCache) else nullcontext():
-        for begin, end in segment_bounds(batch_size, length):
+        for begin, end in segment_bounds(batch_size, length, segment_tokens_of(model)):
+            embeds = tokens[:, begin:end]
+            if input_ids is not None:  # which would be checked again, and the host would wait for that
+                embeds = model.embed_tokens(embeds)
             hidden_states = model.forward(
-                input_ids=None if input_ids is None else input_ids[:, begin:end],
-                inputs_embeds=None if inputs_embeds is None else inputs_embeds[:, begin:end],
+                inputs_embeds=embeds,
                 attention_mask=None
                 if attention_mask is None
                 else attention_mask[:, : attention_mask.shape[1] - length + end],
@@ -121,9 +170,10 @@ def forward_in_segments(
             ).last_hidden_state
             if end > kept_from:
                 outputs.append(hidden_states[:, max(kept_from - begin, 0) :].clone())
-            del hidden_states  # a segment's activations go before the next one's come
-            if prompt_progress is not None:
-                prompt_progress(end, length)
+            device = hidden_states.device
+            del hidden_states, embeds  # a segment's activations go before the next one's come
+            progress.launched(end, device)
+        progress.wait()
     returned = cache if use_cache or past_key_values is not None else None
     return MoeModelOutputWithPast(last_hidden_state=torch.cat(outputs, dim=1), **as_argument(returned))
 

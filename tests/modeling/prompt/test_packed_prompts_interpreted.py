@@ -18,7 +18,7 @@ from kimi_linear.modeling.decode.step import DecodeStep
 from kimi_linear.modeling.prompt import path as prompt_path
 from kimi_linear.modeling.prompt import plan as prompt_plan
 from kimi_linear.modeling.prompt.packing import Packing
-from kimi_linear.modeling.prompt.run import PromptRun
+from kimi_linear.modeling.prompt.run import PromptPart, PromptRun
 
 __all__ = ["few_programs"]  # fixture
 # Each way once: (captured sizes, most tokens whose experts go in blocks, tokens of a part that is launched).
@@ -212,7 +212,7 @@ def test_a_plan_is_dropped_with_the_weights_it_reads(running, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("place", ["_hand_over", "_launch", "commit"])
+@pytest.mark.parametrize("place", ["hand_over", "launch", "commit"])
 def test_a_failure_leaves_a_whole_cache_or_a_refusal(place, model, running, monkeypatch):
     """An empty cache is empty again; a filled one is untouched before the launches, and refuses after them."""
     go(CAPTURED, monkeypatch)
@@ -224,12 +224,12 @@ def test_a_failure_leaves_a_whole_cache_or_a_refusal(place, model, running, monk
 
     for cache in (empty, held):
         with monkeypatch.context() as patch:
-            patch.setattr(*((prompt_path, "commit", fails) if place == "commit" else (PromptRun, place, fails)))
+            patch.setattr(*((prompt_path, "commit", fails) if place == "commit" else (PromptPart, place, fails)))
             with pytest.raises(KeyboardInterrupt):
                 model(ids, past_key_values=cache)
     assert empty.get_seq_length() == 0 and empty.wholeness.is_whole
-    assert held.wholeness.is_whole == (place == "_hand_over")
-    if place == "_hand_over":
+    assert held.wholeness.is_whole == (place == "hand_over")
+    if place == "hand_over":
         theirs = layer_by_layer(model, lambda: model(ids, past_key_values=expected))
         check(model(ids, past_key_values=held), theirs, torch.ones(1, 20), 17)
     else:
