@@ -14,6 +14,7 @@ can do (variants such as DoRA, biases, dropout in training mode, several adapter
 experts') is for the layers, and `adapter_misfit` says so.
 """
 
+import itertools
 import sys
 from collections.abc import Iterator
 from operator import attrgetter, itemgetter
@@ -91,7 +92,7 @@ def _factors(module: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return module.lora_A[name].weight, module.lora_B[name].weight
 
 
-def adapter_misfit(module: Any, device: torch.device) -> str | None:
+def adapter_misfit(module: Any) -> str | None:
     """Why a step can't do what the wrapper `module` does as it is switched, in words that follow its name; or None."""
     what = hung(module)
     if what is not None:
@@ -106,10 +107,10 @@ def adapter_misfit(module: Any, device: torch.device) -> str | None:
         return f"has {len(names)} active adapters ({', '.join(names)}), and a step takes one"
     if kind.__name__ == "ParamWrapper" and module.parameter_name not in _EXPERTS:
         return f"has an adapter on the parameter {module.parameter_name}"
-    return _unusual(module, names[0], device) if names else None
+    return _unusual(module, names[0]) if names else None
 
 
-def _unusual(module: Any, name: str, device: torch.device) -> str | None:
+def _unusual(module: Any, name: str) -> str | None:
     """What is not plain about the adapter `name` of a wrapper, in words that follow the wrapper's name; or None."""
     variants = getattr(module, "lora_variant", None)
     if variants is None or variants.get(name) is not None or module.use_dora.get(name):
@@ -131,6 +132,7 @@ def _unusual(module: Any, name: str, device: torch.device) -> str | None:
                 return f"has the adapter {name!r}, part of which {what or 'has a bias'}"
     if type(module).__name__ == "ParamWrapper" and not module._did_swap_in_out_features:
         return f"has the adapter {name!r} in another layout than experts of [E, out, in] have"
+    device = next(itertools.chain(base_of(module).parameters(), base_of(module).buffers())).device
     for x in _factors(module, name):
         plain = type(x) is nn.Parameter and x.is_contiguous() and x.device == device
         if not plain or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):

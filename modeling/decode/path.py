@@ -152,13 +152,13 @@ def _lasting_reason(model: Any) -> str | None:
         return "experts are chosen by group"
     if formats := packed_formats(model):
         return f"packed weights: no kernels for {' and '.join(formats)} yet"
-    device, parts = model.lm_head.weight.device, set()
+    parts: set[int] = set()  # modules inside of wrappers
     for name, module in model.named_modules():
         if module is model or id(module) in parts:
             continue
         if wraps(module):
             parts.update(map(id, adapter_parts(module)))
-            what = adapter_misfit(module, device)
+            what = adapter_misfit(module)
         else:
             what = hanging(module) or _changed_scalar(module, config)
         if what is not None:
