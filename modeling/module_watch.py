@@ -13,7 +13,8 @@ from .plain_adapters import AdapterSwitches
 from .plain_modules import Noticing, classes_are_as_listed, count_registrations, events
 
 _dtype_of = attrgetter("dtype")
-_UNREAD = frozenset({"training"})  # no step depends on it; RL loops change it around every rollout
+# No step depends on them, and RL loops change them around every rollout.
+_UNREAD = frozenset({"training", "gradient_checkpointing", "_recomputes"})
 _SCALARS = (bool, int, float, str, type(None), torch.device, torch.dtype)
 
 
