@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.rollouts import rollout_gaps
 
 __all__ = ["few_programs", "stepping"]  # fixtures
-COMPLETION = 4
+COMPLETION = 3
 
 
 def tokenizer():
