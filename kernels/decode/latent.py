@@ -84,10 +84,10 @@ def decode_absorb_kernel(
         tl.store(q + R + o_s, tl.load(p + K + o_s, mask=o_s < S, other=0.0), mask=o_s < S)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SPLITS"])
 def decode_join_kernel(
-    partial, partial_lse, past,
-    T: tl.constexpr, H: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr,
+    partial, partial_lse, past, SPLITS,
+    T: tl.constexpr, H: tl.constexpr, R: tl.constexpr,
     BP: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (token, head, tile of R): join the splits, into the first one's place."""
@@ -96,7 +96,7 @@ def decode_join_kernel(
         tl.extra.cuda.gdc_wait()
     i_n, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_r, o_p = tl.program_id(2) * BR + tl.arange(0, BR), tl.arange(0, BP)
-    total, share = decode_share(past, T, SPLITS, BL)
+    total, share = decode_share(past, SPLITS, T, BL)
     m_p = o_p * share < total
     o_part = (i_n * SPLITS + o_p) * H + i_h
     b_lse = tl.load(partial_lse + o_part, mask=m_p, other=float("-inf"))
@@ -106,10 +106,10 @@ def decode_join_kernel(
     tl.store(partial + (i_n * SPLITS * H + i_h) * R + o_r, b_c, mask=o_r < R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SPLITS"])
 def decode_value_kernel(
-    partial, kv_b, o,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr,
+    partial, kv_b, o, SPLITS,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
     BR: tl.constexpr, BV: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (token, head, tile of V): take the joined latent output to the head's values."""
@@ -181,8 +181,8 @@ def decode_latent_attention(
     )
     if splits > 1:  # one split is whole already
         decode_join_kernel[(M, H, triton.cdiv(R, 32))](
-            partial, partial_lse, past,
-            T=tokens, H=H, R=R, SPLITS=splits, BP=padded(splits), BR=32, BL=config.BL, PDL=pdl,
+            partial, partial_lse, past, splits,
+            T=tokens, H=H, R=R, BP=padded(splits), BR=32, BL=config.BL, PDL=pdl,
             num_warps=4, **overlap_options(pdl),
         )  # fmt: skip
     if many:
@@ -191,8 +191,8 @@ def decode_latent_attention(
     else:
         BV = min(32, padded(V))
         decode_value_kernel[(M, H, triton.cdiv(V, BV))](
-            partial, kv_b, o,
-            H=H, K=K, V=V, R=R, SPLITS=splits, BR=BR, BV=BV, PDL=pdl, num_warps=4, **overlap_options(pdl),
+            partial, kv_b, o, splits,
+            H=H, K=K, V=V, R=R, BR=BR, BV=BV, PDL=pdl, num_warps=4, **overlap_options(pdl),
         )  # fmt: skip
     if adapter is not None:
         library_values_adapter(partial[:, 0], adapter, o)

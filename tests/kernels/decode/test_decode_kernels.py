@@ -82,3 +82,17 @@ def test_step_compiles_and_fits(gpu, batch, tokens, model, monkeypatch):
                 assert len(re.findall(r"ld\.global[.\w:]*\.v4", kernel.asm["ptx"])) >= 4, name
             if "skinny" in name or "grouped" in name or "attend" in name:
                 assert "mma" in kernel.asm["ptx"], name
+
+
+def test_numbers_of_rows_share_their_kernels(model, monkeypatch):
+    """Sizes are arguments: within the same block sizes another number of rows compiles nothing."""
+    kernels = []
+    for batch, splits in ((40, 3), (47, 2)):
+        step = DecodeStep(model, batch, 1)
+        plan = step.plan
+        plan._gpu, plan._pdl = "sm_90", True
+        plan.partial = plan.partial.new_empty(batch, splits, *plan.partial.shape[2:])
+        with compiling(KERNELS, TARGETS["sm_90"], monkeypatch) as compiled:
+            step.plan.launch()
+        kernels.append({kernel.hash for _, kernel in compiled})
+    assert kernels[0] == kernels[1]
