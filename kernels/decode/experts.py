@@ -18,7 +18,7 @@ from ..gpu.sizes import power_of_two
 from .configs import GemvConfig
 from .linear import decode_input, decode_prefetch_vector
 from .routing import decode_store_choice, decode_topk
-from .tiles import DENSE, tile_numbers, tile_sums
+from .tiles import decode_block, decode_products
 
 try:
     import triton
@@ -47,14 +47,8 @@ def decode_expert_up_kernel(
     o_k = tl.arange(0, BK)
     o_row = o_n[:, None] * D
     m_ahead = m_n & (i_shared + o_n * 0 >= 0)
-    b_g0, b_g1 = (
-        tile_numbers(w_gate + o_row, 0, m_ahead, D, BK, DENSE),
-        tile_numbers(w_gate + o_row, BK, m_ahead, D, BK, DENSE),
-    )
-    b_u0, b_u1 = (
-        tile_numbers(w_up + o_row, 0, m_ahead, D, BK, DENSE),
-        tile_numbers(w_up + o_row, BK, m_ahead, D, BK, DENSE),
-    )
+    b_g0, b_g1 = decode_block(w_gate + o_row, o_k, m_ahead, D), decode_block(w_gate + o_row, o_k + BK, m_ahead, D)
+    b_u0, b_u1 = decode_block(w_up + o_row, o_k, m_ahead, D), decode_block(w_up + o_row, o_k + BK, m_ahead, D)
     if PDL:
         if tl.program_id(0) == 0:
             decode_prefetch_vector(norm_weight, D)
@@ -69,26 +63,25 @@ def decode_expert_up_kernel(
         p_up = p_gate + I * D
         gate_address = (gate_up + expert.to(tl.int64) * (2 * I * D)).to(tl.int64)
         up_address = (gate_up + expert.to(tl.int64) * (2 * I * D) + I * D).to(tl.int64)
-        b_g0, b_g1 = tile_numbers(p_gate, 0, m_n, D, BK, DENSE), tile_numbers(p_gate, BK, m_n, D, BK, DENSE)
-        b_u0, b_u1 = tile_numbers(p_up, 0, m_n, D, BK, DENSE), tile_numbers(p_up, BK, m_n, D, BK, DENSE)
+        b_g0, b_g1 = decode_block(p_gate, o_k, m_n, D), decode_block(p_gate, o_k + BK, m_n, D)
+        b_u0, b_u1 = decode_block(p_up, o_k, m_n, D), decode_block(p_up, o_k + BK, m_n, D)
     w_gate = gate_address.to(tl.pointer_type(gate_up.dtype.element_ty))
     w_up = up_address.to(tl.pointer_type(gate_up.dtype.element_ty))
     if I * D % 8 == 0:
         w_gate, w_up = tl.multiple_of(w_gate, 16), tl.multiple_of(w_up, 16)
     b_x, b_ss = decode_input(x, norm_weight, o_k, D, True, False)
-    b_g, b_u = tile_sums(b_g0, 1.0, b_x, DENSE), tile_sums(b_u0, 1.0, b_x, DENSE)
+    b_g, b_u = decode_products(b_g0, b_x), decode_products(b_u0, b_x)
     b_x, b_xx = decode_input(x, norm_weight, o_k + BK, D, True, False)
-    b_g += tile_sums(b_g1, 1.0, b_x, DENSE)
-    b_u += tile_sums(b_u1, 1.0, b_x, DENSE)
+    b_g += decode_products(b_g1, b_x)
+    b_u += decode_products(b_u1, b_x)
     b_ss += b_xx
     for i_k in range(2 * BK, D, BK * UNROLL):
         for u in tl.static_range(UNROLL):
-            i_j = i_k + u * BK
-            b_wg = tile_numbers(w_gate + o_row, i_j, m_n, D, BK, DENSE)
-            b_wu = tile_numbers(w_up + o_row, i_j, m_n, D, BK, DENSE)
-            b_x, b_xx = decode_input(x, norm_weight, i_j + o_k, D, True, False)
-            b_g += tile_sums(b_wg, 1.0, b_x, DENSE)
-            b_u += tile_sums(b_wu, 1.0, b_x, DENSE)
+            o_j = i_k + u * BK + o_k
+            b_wg, b_wu = decode_block(w_gate + o_row, o_j, m_n, D), decode_block(w_up + o_row, o_j, m_n, D)
+            b_x, b_xx = decode_input(x, norm_weight, o_j, D, True, False)
+            b_g += decode_products(b_wg, b_x)
+            b_u += decode_products(b_wu, b_x)
             b_ss += b_xx
     b_gate, b_up = tl.sum(b_g, axis=1), tl.sum(b_u, axis=1)
     b_r = tl.rsqrt(tl.sum(b_ss, axis=0) / D + eps)
@@ -110,7 +103,7 @@ def decode_expert_down_kernel(
     o_k = tl.arange(0, BK)
     p_shared = shared_down + o_n[:, None] * (NS * I)
     if NS > 0:
-        b_first = tile_numbers(p_shared, 0, m_n, NS * I, BK, DENSE)
+        b_first = decode_block(p_shared, o_k, m_n, NS * I)
     if PDL:
         tl.extra.cuda.gdc_wait()
     b_out = tl.load(y + o_n, mask=m_n, other=0.0).to(tl.float32)
@@ -121,16 +114,15 @@ def decode_expert_down_kernel(
         for i_k in range(0, I, BK * UNROLL):
             for u in tl.static_range(UNROLL):
                 o_i = i_k + u * BK + o_k
-                b_w = tile_numbers(p_w, i_k + u * BK, m_n, I, BK, DENSE)
+                b_w = decode_block(p_w, o_i, m_n, I)
                 b_h = tl.load(h + i_slot * I + o_i, mask=o_i < I, other=0.0).to(tl.float32) * weight
-                b_y += tile_sums(b_w, 1.0, b_h, DENSE)
+                b_y += decode_products(b_w, b_h)
     if NS > 0:
         b_h = tl.load(h + TOPK * I + o_k, mask=o_k < NS * I, other=0.0).to(tl.float32)
-        b_y += tile_sums(b_first, 1.0, b_h, DENSE)
+        b_y += decode_products(b_first, b_h)
         for i_k in range(BK, NS * I, BK):
             b_h = tl.load(h + TOPK * I + i_k + o_k, mask=i_k + o_k < NS * I, other=0.0).to(tl.float32)
-            b_w = tile_numbers(p_shared, i_k, m_n, NS * I, BK, DENSE)
-            b_y += tile_sums(b_w, 1.0, b_h, DENSE)
+            b_y += decode_products(decode_block(p_shared, i_k + o_k, m_n, NS * I), b_h)
     tl.store(y + o_n, (b_out + tl.sum(b_y, axis=1)).to(y.dtype.element_ty), mask=m_n)
 
 

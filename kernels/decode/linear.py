@@ -30,8 +30,10 @@ from ..weights.tiles import numbers_of, scales_of, tiles_of
 from .configs import GemvConfig, SkinnyConfig
 from .tiles import (
     DENSE,
+    INT4,
     row_scales,
     tile_input,
+    tile_matrix,
     tile_numbers,
     tile_pointer,
     tile_rows,
@@ -234,15 +236,22 @@ def decode_skinny_kernel(
     o_n = i_row + tl.arange(0, BN)
     o_m = tl.program_id(1) * BM + tl.arange(0, BM)
     m_n, m_m = o_n < n_rows, o_m < M
-    p_w = w + o_n.to(tl.int64)[:, None] * COLUMNS
+    DTYPE: tl.constexpr = w.dtype.element_ty if FORMAT == DENSE else x.dtype.element_ty
+    p_w = tile_rows(w, o_n, COLUMNS, FORMAT)
+    p_s = p_w
+    if FORMAT != DENSE:
+        s, _, _, _, _ = decode_segment(
+            tl.program_id(0), s0, s1, s2, s3, s4, s5, M0, M1, M2, M3, M4, M5, X0, X1, X2, X3, X4, X5, BN
+        )
+        p_s = tile_scale_rows(s, o_n, COLUMNS, SCALE_ROWS, SCALE_COLUMNS)
     if PDL:
         # Loads of the loop can't go ahead of the wait; their first lines can go to the L2.
+        WIDTH: tl.constexpr = (COLUMNS + 7) // 8 if FORMAT == INT4 else COLUMNS
         LINE: tl.constexpr = 128 * 8 // w.dtype.element_ty.primitive_bitwidth
-        LAST: tl.constexpr = COLUMNS - LINE if COLUMNS > LINE else 0
-        o_line = tl.minimum(tl.arange(0, 4 * BK // LINE) * LINE, LAST)
-        decode_prefetch(
-            (w + tl.minimum(o_n, n_rows - 1).to(tl.int64)[:, None] * COLUMNS + o_line[None, :]).to(tl.int64)
-        )
+        LAST: tl.constexpr = WIDTH - LINE if WIDTH > LINE else 0
+        AHEAD: tl.constexpr = triton.next_power_of_2((4 * BK * WIDTH // COLUMNS + LINE - 1) // LINE)
+        o_line = tl.minimum(tl.arange(0, AHEAD) * LINE, LAST)
+        decode_prefetch((w + tl.minimum(o_n, n_rows - 1).to(tl.int64)[:, None] * WIDTH + o_line[None, :]).to(tl.int64))
         tl.extra.cuda.gdc_wait()
     p_x = x + o_m.to(tl.int64)[:, None] * stride_x + x_col
     b_y = tl.zeros([BM, BN], tl.float32)
@@ -250,9 +259,14 @@ def decode_skinny_kernel(
         o_k = i_k + tl.arange(0, BK)
         m_k = o_k < COLUMNS
         m_x = m_m[:, None] & m_k[None, :]
-        b_w = tl.load(p_w + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)
+        if FORMAT == DENSE:
+            b_w = tl.load(p_w + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)
+        else:
+            b_w = tile_matrix(p_w, p_s, i_k, m_n, COLUMNS, BK, FORMAT, SCALE_COLUMNS, DTYPE)
         b_x = tl.load(p_x + o_k[None, :], mask=m_x, other=0.0)
-        b_y = kda_dot(b_x, tl.trans(b_w), b_y, w.dtype.element_ty, "ieee", UPCAST)
+        b_y = kda_dot(b_x, tl.trans(b_w), b_y, DTYPE, "ieee", UPCAST)
+    if FORMAT != DENSE:
+        b_y *= row_scales(p_s, m_n, COLUMNS, SCALE_COLUMNS, FORMAT)[None, :]
     o_y = o_m.to(tl.int64)[:, None] * stride_y + (y_col + o_n)[None, :]
     m_y = m_m[:, None] & m_n[None, :]
     if HAS_RESIDUAL:

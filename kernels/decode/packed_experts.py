@@ -11,8 +11,7 @@ import torch
 from ..gpu.arithmetic import kda_sigmoid
 from ..gpu.launching import overlap_options
 from ..gpu.sizes import power_of_two
-from ..weights.handle import WeightHandle
-from ..weights.tiles import PackedStack, TileFormat, Weight, numbers_of, scales_of, tiles_of
+from ..weights.tiles import Linear, PackedStack, operands, shared_constants, tiles_of
 from .configs import GemvConfig
 from .linear import decode_input, decode_prefetch_vector
 from .routing import decode_store_choice, decode_topk
@@ -200,7 +199,7 @@ def decode_packed_expert_up(
     eps: float,
     bias: torch.Tensor,
     gate_up: PackedStack | torch.Tensor,
-    shared: tuple[torch.Tensor | WeightHandle, torch.Tensor | WeightHandle] | None,
+    shared: tuple[Linear, Linear] | None,
     configs: tuple[GemvConfig, GemvConfig],
     factor: float,
     biased: bool,
@@ -225,11 +224,11 @@ def decode_packed_expert_up(
     shared_tiles = tiles_of(gate, gpu)
     count = triton.cdiv(NS * I, shared_config.BN) + triton.cdiv(I, config.BN) * TOPK
     decode_packed_up_kernel[(count,)](
-        x, norm_weight, logits, bias, *_operands(gate_up, tiles), *_operands(gate, shared_tiles),
-        *_operands(up, shared_tiles), h, chosen, weights, eps, factor,
+        x, norm_weight, logits, bias, *operands(gate_up, tiles), *operands(gate, shared_tiles),
+        *operands(up, shared_tiles), h, chosen, weights, eps, factor,
         E=E, BE=power_of_two(E), TOPK=TOPK, BT=power_of_two(TOPK), BIASED=biased, RENORMALIZE=renormalize,
         NS=NS, D=D, I=I, BN=config.BN, BK=config.BK, UNROLL=config.UNROLL, **tiles._asdict(),
-        SHARED_BN=shared_config.BN, SHARED_UNROLL=shared_config.UNROLL, **_shared(shared_tiles), PDL=pdl,
+        SHARED_BN=shared_config.BN, SHARED_UNROLL=shared_config.UNROLL, **shared_constants(shared_tiles), PDL=pdl,
         num_warps=config.num_warps, **overlap_options(pdl),
     )  # fmt: skip
 
@@ -239,7 +238,7 @@ def decode_packed_expert_down(
     chosen: torch.Tensor,
     weights: torch.Tensor,
     down: PackedStack | torch.Tensor,
-    shared_down: torch.Tensor | WeightHandle | None,
+    shared_down: Linear | None,
     y: torch.Tensor,
     config: GemvConfig,
     gpu: str = "sm_90",
@@ -250,20 +249,11 @@ def decode_packed_expert_down(
     shared_down = down if shared_down is None else shared_down
     tiles, shared_tiles = tiles_of(down, gpu), tiles_of(shared_down, gpu)
     decode_packed_down_kernel[(triton.cdiv(D, config.BN),)](
-        h, chosen, weights, *_operands(down, tiles), *_operands(shared_down, shared_tiles), y,
+        h, chosen, weights, *operands(down, tiles), *operands(shared_down, shared_tiles), y,
         TOPK=TOPK, NS=h.shape[0] - TOPK, D=D, I=I, BN=config.BN, BK=config.BK, UNROLL=config.UNROLL,
-        **tiles._asdict(), **_shared(shared_tiles), PDL=pdl, num_warps=config.num_warps, **overlap_options(pdl),
+        **tiles._asdict(), **shared_constants(shared_tiles), PDL=pdl, num_warps=config.num_warps,
+        **overlap_options(pdl),
     )  # fmt: skip
-
-
-def _operands(weight: Weight, tiles: TileFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """(numbers, scales) of a weight; a dense one has no scales, and nothing is read through the second pointer."""
-    numbers, scales = numbers_of(weight, tiles), scales_of(weight)
-    return numbers, numbers if scales is None else scales
-
-
-def _shared(tiles: TileFormat) -> dict[str, int]:
-    return {f"SHARED_{name}": value for name, value in tiles._asdict().items()}
 
 
 __all__ = [

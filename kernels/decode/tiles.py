@@ -31,6 +31,24 @@ DENSE, INT4, FP8, FP8_BITS = (tl.constexpr(i) for i in range(4))
 
 
 @triton.jit
+def decode_block(p_w, o_k, m_n, COLUMNS: tl.constexpr):
+    """Columns `o_k` of the rows at `p_w`."""
+    return tl.load(p_w + o_k[None, :], mask=m_n[:, None] & (o_k < COLUMNS)[None, :], other=0.0)
+
+
+@triton.jit
+def decode_products(b_w, b_x):
+    """
+    Weights [BN, BK] times BK columns of x, the products of each 16 bytes summed: [BN, BK / (8 or 4)].
+
+    Those are one thread's: an eighth of the registers for sums leaves the others to weights on their way.
+    """
+    VECTOR: tl.constexpr = 128 // b_w.dtype.primitive_bitwidth
+    b_p = tl.reshape(b_w.to(tl.float32) * b_x[None, :], [b_w.shape[0], b_w.shape[1] // VECTOR, VECTOR])
+    return tl.sum(b_p, axis=2)
+
+
+@triton.jit
 def tile_pointer(p, COLUMNS: tl.constexpr, FORMAT: tl.constexpr):
     """
     Pointer `p` to a row of a weight, of which the compiler knows the alignment only up to a piece.
@@ -57,10 +75,11 @@ def tile_numbers(p_row, i_k, m_n, COLUMNS: tl.constexpr, BK: tl.constexpr, FORMA
     if FORMAT == INT4:
         o_p = i_k // 8 + tl.arange(0, BK // 8)
         return tl.load(p_row + o_p[None, :], mask=m_n[:, None] & (o_p < (COLUMNS + 7) // 8)[None, :], other=0)
-    else:
+    elif FORMAT == FP8_BITS:
         o_k = i_k + tl.arange(0, BK)
-        mask = m_n[:, None] & (o_k < COLUMNS)[None, :]
-        return tl.load(p_row + o_k[None, :], mask=mask, other=0 if FORMAT == FP8_BITS else 0.0)
+        return tl.load(p_row + o_k[None, :], mask=m_n[:, None] & (o_k < COLUMNS)[None, :], other=0)
+    else:
+        return decode_block(p_row, i_k + tl.arange(0, BK), m_n, COLUMNS)
 
 
 @triton.jit
@@ -87,7 +106,7 @@ def tile_scales(
 def row_scales(p_row, m_n, COLUMNS: tl.constexpr, SCALE_COLUMNS: tl.constexpr, FORMAT: tl.constexpr):
     """Scales [BN] of whole rows, fp32; 1 where scales cover parts of a row."""
     if FORMAT == DENSE or SCALE_COLUMNS < COLUMNS:
-        return 1.0
+        return tl.full([p_row.shape[0]], 1.0, tl.float32)
     else:
         b_s = tl.sum(tl.load(p_row, mask=m_n[:, None], other=0.0).to(tl.float32), axis=1)
         return b_s * 256 if FORMAT == FP8_BITS else b_s
@@ -104,22 +123,23 @@ def tile_input(b_x, FORMAT: tl.constexpr):
 
 @triton.jit
 def tile_sums(b_w, b_s, b_x, FORMAT: tl.constexpr):
-    """
-    Numbers of `tile_numbers` times x of `tile_input`, summed by piece, times `tile_scales`: [BN, pieces].
-
-    A dense piece is what a thread loads at once, 16 bytes. An eighth of the registers for sums leaves the others to
-    weights on their way.
-    """
-    if FORMAT == INT4:
+    """Numbers of `tile_numbers` times x of `tile_input`, summed by piece, times `tile_scales`: [BN, pieces]."""
+    if FORMAT == DENSE:
+        return decode_products(b_w, b_x)
+    elif FORMAT == INT4:
         return int4_sums(b_w, b_x[0], b_x[1]) * b_s
     else:
-        if FORMAT == FP8_BITS:
-            # Sign and seven bits at the places of a half-precision number, whose bias is 15 in place of 7: 2^-8 of it.
-            b_w = ((b_w.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -0x4001).to(tl.float16, bitcast=True)
-        VECTOR: tl.constexpr = 128 // b_w.dtype.primitive_bitwidth if FORMAT == DENSE else 8
-        b_p = tl.reshape(b_w.to(tl.float32) * b_x[None, :], [b_w.shape[0], b_w.shape[1] // VECTOR, VECTOR])
-        b_y = tl.sum(b_p, axis=2)
-        return b_y if FORMAT == DENSE else b_y * b_s
+        b_p = tl.reshape(fp8_numbers(b_w, FORMAT) * b_x[None, :], [b_w.shape[0], b_w.shape[1] // 8, 8])
+        return tl.sum(b_p, axis=2) * b_s
+
+
+@triton.jit
+def fp8_numbers(b_w, FORMAT: tl.constexpr):
+    """E4M3 as fp32; 2^-8 of it for FP8_BITS."""
+    if FORMAT == FP8_BITS:
+        # Sign and seven bits at the places of a half-precision number, whose bias is 15 in place of 7.
+        b_w = ((b_w.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -0x4001).to(tl.float16, bitcast=True)
+    return b_w.to(tl.float32)
 
 
 @triton.jit
@@ -153,13 +173,73 @@ def int4_sums(b_word, b_x, b_start):
     return int4_pair(b_word >> 9, b_x[6], b_x[7], b_sum)
 
 
+@triton.jit
+def tile_matrix(
+    p_row, p_scale, i_k, m_n, COLUMNS: tl.constexpr, BK: tl.constexpr,
+    FORMAT: tl.constexpr, SCALE_COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """
+    Numbers [BN, BK] from column `i_k` on for a matrix product, in DTYPE.
+
+    Scales of parts of a row are applied, and the result is rounded once; those of whole rows are left to the sums.
+    """
+    if FORMAT == DENSE:
+        return tile_numbers(p_row, i_k, m_n, COLUMNS, BK, FORMAT).to(DTYPE)
+    elif FORMAT == INT4:
+        b_w = tile_numbers(p_row, i_k, m_n, COLUMNS, BK, FORMAT)
+        b_s = piece_scales(p_scale, i_k, m_n, COLUMNS, BK, SCALE_COLUMNS)
+        return int4_matrix(b_w, b_s).to(DTYPE)
+    else:
+        b_w = fp8_numbers(tile_numbers(p_row, i_k, m_n, COLUMNS, BK, FORMAT), FORMAT)
+        if SCALE_COLUMNS < COLUMNS:
+            b_s = piece_scales(p_scale, i_k, m_n, COLUMNS, BK, SCALE_COLUMNS)
+            b_w = tl.reshape(tl.reshape(b_w, [b_w.shape[0], BK // 8, 8]) * b_s[:, :, None], [b_w.shape[0], BK])
+            if FORMAT == FP8_BITS:
+                b_w *= 256
+        return b_w.to(DTYPE)
+
+
+@triton.jit
+def piece_scales(p_row, i_k, m_n, COLUMNS: tl.constexpr, BK: tl.constexpr, SCALE_COLUMNS: tl.constexpr):
+    """Scales [BN, BK / 8] of pieces, fp32, each loaded once where they tile the block; 1 for those of whole rows."""
+    if SCALE_COLUMNS >= COLUMNS:
+        return tl.full([p_row.shape[0], BK // 8], 1.0, tl.float32)
+    else:
+        SPAN: tl.constexpr = SCALE_COLUMNS if BK % SCALE_COLUMNS == 0 else BK if SCALE_COLUMNS % BK == 0 else 8
+        COUNT: tl.constexpr = BK // SPAN
+        o_s = i_k // SCALE_COLUMNS + tl.arange(0, COUNT)
+        if SPAN != SCALE_COLUMNS:
+            o_s = (i_k + tl.arange(0, COUNT) * SPAN) // SCALE_COLUMNS
+        m_s = (i_k + tl.arange(0, COUNT) * SPAN) < COLUMNS
+        b_s = tl.load(p_row + o_s[None, :], mask=m_n[:, None] & m_s[None, :], other=0.0).to(tl.float32)
+        b_s = tl.broadcast_to(b_s[:, :, None], [m_n.shape[0], COUNT, SPAN // 8])
+        return tl.reshape(b_s, [m_n.shape[0], BK // 8])
+
+
+@triton.jit
+def int4_matrix(b_word, b_s):
+    """Words and scales [BN, BP] to numbers [BN, 8 BP], fp32: exact for scales of eight significant bits."""
+    o_j = tl.arange(0, 8)[None, None, :]
+    m_even = o_j % 2 == 0
+    b_word3 = b_word[:, :, None]
+    b_left, b_right = b_word3 << ((15 - 8 * (o_j // 2)) & 31), b_word3 >> ((8 * (o_j // 2) - 15) & 31)
+    b_bits = tl.where(o_j < 4, b_left, b_right) & tl.where(m_even, 0x00078000, 0x00780000)
+    b_one = (b_bits | 0x3F800000).to(tl.float32, bitcast=True)
+    b_s = b_s[:, :, None]
+    b_w = b_one * tl.where(m_even, 256 * b_s, 16 * b_s) - tl.where(m_even, 264 * b_s, 24 * b_s)
+    return tl.reshape(b_w, [b_word.shape[0], b_word.shape[1] * 8])
+
+
 __all__ = [
     "DENSE",
     "FP8",
     "FP8_BITS",
     "INT4",
+    "decode_block",
+    "decode_products",
     "row_scales",
     "tile_input",
+    "tile_matrix",
     "tile_numbers",
     "tile_pointer",
     "tile_rows",

@@ -42,7 +42,8 @@ class PackedStack(NamedTuple):
     scale: torch.Tensor
 
 
-Weight = torch.Tensor | WeightHandle | PackedStack
+Linear = torch.Tensor | WeightHandle  # one weight [rows, columns], dense or packed
+Weight = Linear | PackedStack
 WHOLE = 1 << 30
 DENSE_TILES = TileFormat(DENSE, 1, 1)
 
@@ -89,14 +90,28 @@ def scales_of(weight: Weight) -> torch.Tensor | None:
     return None if isinstance(weight, torch.Tensor) else weight.scale
 
 
+def operands(weight: Weight, tiles: TileFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """(numbers, scales) of a weight; a dense one has no scales, and nothing is read through the second pointer."""
+    numbers, scales = numbers_of(weight, tiles), scales_of(weight)
+    return numbers, numbers if scales is None else scales
+
+
+def shared_constants(tiles: TileFormat) -> dict[str, int]:
+    """Compile-time keywords for the shared expert's weights, in a launch that has the routed experts' beside them."""
+    return {f"SHARED_{name}": value for name, value in tiles._asdict().items()}
+
+
 __all__ = [
     "DENSE_TILES",
     "WHOLE",
+    "Linear",
     "PackedStack",
     "TileFormat",
     "Weight",
     "numbers_of",
+    "operands",
     "scales_of",
+    "shared_constants",
     "tile_format",
     "tiles_of",
 ]
