@@ -47,6 +47,7 @@ from torch.utils.hooks import RemovableHandle
 _FORWARDS: dict[type, Callable[..., Any]] = {
     kind: kind.forward for kind in (nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU)
 }
+_PACKED: set[type] = set()
 _forward_of = attrgetter("forward")
 _call_of_modules = nn.Module.__call__
 # What a module's own code writes while it runs; no reader depends on it.
@@ -66,6 +67,12 @@ def reads_weights(kind: type) -> type:
     """Class decorator: list `kind`, whose instances' weights are read past its forward, with the forward it has now."""
     _FORWARDS[kind] = kind.forward
     return kind
+
+
+def reads_packed(kind: type) -> type:
+    """Class decorator: the same for modules with packed weights, which only those read who know of them."""
+    _PACKED.add(kind)
+    return reads_weights(kind)
 
 
 class Noticing(nn.Module):
@@ -132,7 +139,7 @@ def hanging(module: nn.Module) -> str | None:
 
 def weights_are_plain(modules: tuple[nn.Module, ...], device: torch.device) -> bool:
     """Whether nothing hangs on `modules`, and their parameters are dense on `device`."""
-    return all(hanging(module) is None for module in modules) and all(
+    return all(hanging(module) is None and type(module) not in _PACKED for module in modules) and all(
         type(x) is nn.Parameter and x.device == device and x.is_contiguous()
         for module in modules
         for x in module._parameters.values()
@@ -267,6 +274,7 @@ __all__ = [
     "hanging",
     "hanging_on_root",
     "own_method",
+    "reads_packed",
     "reads_weights",
     "weights_are_plain",
 ]

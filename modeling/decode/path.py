@@ -13,10 +13,11 @@ from ...kernels.gpu.availability import is_first_choice
 from ...kernels.gpu.availability import serves as kernels_serve
 from ...kernels.kda.operators import MAX_HEAD_DIM
 from ..cache.kimi_linear_cache import KimiLinearCache
-from ..checkpoint.packed_modules import packed_formats
+from ..checkpoint.packed_modules import KimiPackedExperts, KimiPackedLinear
 from ..layers.moe import KimiTopkRouter
 from ..module_watch import ModuleWatch
 from ..plain_modules import Noticing, foreign_methods, hanging
+from .packed import packed_reason
 from .row_parts import RowParts
 from .shapes import released_shapes
 from .step import MAX_STEP_TOKENS, DecodeStep
@@ -128,8 +129,8 @@ def _lasting_reason(model: Any) -> str | None:
         return f"KDA heads of {config.linear_head_dim} are wider than {MAX_HEAD_DIM}"
     if config.num_expert_group != config.topk_group:
         return "experts are chosen by group"
-    if formats := packed_formats(model):
-        return f"packed weights: no kernels for {' and '.join(formats)} yet"
+    if (packed := packed_reason(model)) is not None:
+        return packed
     for name, module in model.named_modules():
         what = None if module is model else hanging(module) or _changed_scalar(module, config)
         if what is not None:
@@ -167,7 +168,12 @@ def _foreign_tensor(model: Any) -> str | None:
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"parameters are {dtype}"
     shapes = released_shapes(model.config)
+    packed = tuple(
+        f"{name}." for name, x in model.named_modules() if isinstance(x, KimiPackedLinear | KimiPackedExperts)
+    )
     for name, x in (*model.named_parameters(), *model.named_buffers()):
+        if name.startswith(packed):
+            continue  # `packed_reason` has looked at them
         plain = type(x) in (nn.Parameter, torch.Tensor) and x.is_contiguous() and x.device == device
         fixed = not name.endswith(("A_log", "dt_bias", "e_score_correction_bias"))
         if not plain or not x.is_floating_point() or (fixed and x.dtype != dtype):

@@ -28,18 +28,24 @@ from ...kernels.decode.configs import (
     gemv_config,
     grouped_configs,
     latent_config,
+    packed_down_config,
+    packed_experts_configs,
     skinny_config,
 )
+from ...kernels.decode.dequantize import decode_dequantize
 from ...kernels.decode.experts import decode_expert_down, decode_expert_up
 from ...kernels.decode.grouped_experts import decode_grouped_experts
 from ...kernels.decode.latent import decode_latent_attention
 from ...kernels.decode.linear import decode_gate, decode_linear, decode_norm
+from ...kernels.decode.packed_experts import decode_packed_expert_down, decode_packed_expert_up
+from ...kernels.decode.packed_grouped import decode_packed_grouped_experts
 from ...kernels.decode.products import library_linear
 from ...kernels.decode.routing import decode_group, decode_route, most_blocks
 from ...kernels.gpu.classes import gpu_class
 from ...kernels.kda.configs import step_config
 from ...kernels.kda.step import kda_step_fwd
 from ..placement import LayerSpan
+from .packed import expert_weight, is_packed, linear_weight
 
 
 class StepPlan:
@@ -105,6 +111,8 @@ class StepPlan:
         self.q_latent = empty(N, heads, R + S)
         self.partial = empty(N, splits, heads, R, dtype=torch.float32)
         self.partial_lse = empty(N, splits, heads, dtype=torch.float32)
+        if any(map(_has_packed_kv_b, self._layers())):
+            self.kv_b = empty(heads * (config.qk_nope_head_dim + config.v_head_dim), R)
         if self.span.has_head:
             self.logits = empty(N, self._model().lm_head.weight.shape[0])
         if "sparse" in config.mlp_layer_types[self.span.first : self.span.end]:
@@ -185,7 +193,7 @@ class StepPlan:
 
         `modules` are linears without bias (or a router, whose `weight` is one); `options` are `decode_linear`'s.
         """
-        weights = [module.weight for module in modules]
+        weights = [linear_weight(module) for module in modules]
         columns, rows = weights[0].shape[1], sum(weight.shape[0] for weight in weights)
         if x.shape[0] == 1:
             config = gemv_config(columns, rows)
@@ -195,10 +203,11 @@ class StepPlan:
             config = skinny_config(x.shape[0], columns, rows, x.element_size(), self._gpu)
             x = x if norm is None else self._normed(x, norm)
         # The library has no product of bf16 into fp32 that writes where it is told; the router is small.
-        if x.shape[0] > SKINNY_TOKENS and x.dtype == y.dtype:
+        if x.shape[0] > SKINNY_TOKENS and x.dtype == y.dtype and not any(map(is_packed, weights)):
             library_linear(x, weights, y, add=residual is not None, **options)
         else:
-            decode_linear(x, weights, y, config, residual=residual, upcast=self._upcast, pdl=self._pdl, **options)
+            options |= {"upcast": self._upcast, "gpu": self._gpu, "pdl": self._pdl}
+            decode_linear(x, weights, y, config, residual=residual, **options)
 
     def _normed(self, x: torch.Tensor, norm: Any) -> torch.Tensor:
         decode_norm(x, norm.weight, norm.variance_epsilon, self.normed, self._pdl)
@@ -235,12 +244,20 @@ class StepPlan:
         self._linear(self.x, [mla.q_proj, mla.kv_a_proj_with_mqa], p, norm)
         latent_norm, o = mla.kv_a_layernorm, self._part(self.o, heads * V)
         decode_latent_attention(
-            p, mla.kv_b_proj.weight, o.view(-1, heads, V),
+            p, self._kv_b(mla), o.view(-1, heads, V),
             norm_weight=latent_norm.weight, norm_eps=latent_norm.variance_epsilon, table=entry, past=self.past,
             q=self.q_latent, partial=self.partial, partial_lse=self.partial_lse, tokens=self.tokens, shared=S,
             scale=mla.scaling, config=self._latent_config(), upcast=self._upcast, pdl=self._pdl,
         )  # fmt: skip
         self._linear(o, [mla.o_proj], self.x, residual=self.x)
+
+    def _kv_b(self, mla: Any) -> torch.Tensor:
+        """Its weight, which goes to and from latent space as a dense one: a packed one is dequantised in each step."""
+        weight = linear_weight(mla.kv_b_proj)
+        if not is_packed(weight):
+            return weight
+        decode_dequantize(weight, self.kv_b, gpu=self._gpu, pdl=self._pdl)
+        return self.kv_b
 
     def _dense(self, mlp: Any, norm: Any) -> None:
         p = self._part(self.p, 2 * mlp.gate_proj.weight.shape[0])
@@ -254,7 +271,8 @@ class StepPlan:
     def _moe(self, moe: Any, norm: Any) -> None:
         router, experts, shared = moe.gate, moe.experts, moe.shared_experts
         x = self.x
-        bias, gate_up, down = router.e_score_correction_bias, experts.gate_up_proj, experts.down_proj
+        bias = router.e_score_correction_bias
+        gate_up, down = expert_weight(experts, "gate_up_proj"), expert_weight(experts, "down_proj")
         rule = {
             "factor": router.scaling_factor,
             "biased": router.biased_weights,
@@ -262,8 +280,20 @@ class StepPlan:
             "pdl": self._pdl,
         }
         chosen, weights = self.chosen, self.expert_weights
-        projections = shared and (shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight)
+        projections = shared and tuple(map(linear_weight, (shared.gate_proj, shared.up_proj, shared.down_proj)))
         self._linear(x, [router], self.router, norm)
+        packed = any(map(is_packed, (gate_up, down, *(projections or ()))))
+        if x.shape[0] == 1 and packed:
+            decode_packed_expert_up(
+                x, self.router, self.h, chosen, weights, norm_weight=norm.weight, eps=norm.variance_epsilon, bias=bias,
+                gate_up=gate_up, shared=projections and projections[:2], configs=packed_experts_configs(x.shape[1]),
+                gpu=self._gpu, **rule,
+            )  # fmt: skip
+            config = packed_down_config(self.h.shape[1], chosen.numel())
+            decode_packed_expert_down(
+                self.h, chosen, weights, down, projections and projections[2], x, config, gpu=self._gpu, pdl=self._pdl
+            )
+            return
         if x.shape[0] == 1:
             decode_expert_up(
                 x, self.router, self.h, chosen, weights, norm_weight=norm.weight, eps=norm.variance_epsilon, bias=bias,
@@ -274,11 +304,22 @@ class StepPlan:
             return
         decode_route(self.router, bias, chosen, weights, **rule)
         decode_group(chosen, *self.groups, router.num_experts, pdl=self._pdl)
+        if packed:
+            decode_packed_grouped_experts(
+                self.normed, weights, x, groups=self.groups, gate_up=gate_up, down=down, shared=projections, h=self.h,
+                z=self.z, configs=grouped_configs(x.shape[1], self.h.shape[1], x.element_size(), self._gpu),
+                upcast=self._upcast, gpu=self._gpu, pdl=self._pdl,
+            )  # fmt: skip
+            return
         decode_grouped_experts(
             self.normed, weights, x, groups=self.groups, gate_up=gate_up, down=down, shared=projections,
             h=self.h, z=self.z, configs=grouped_configs(x.shape[1], down.shape[2], x.element_size(), self._gpu),
             upcast=self._upcast, pdl=self._pdl,
         )  # fmt: skip
+
+
+def _has_packed_kv_b(layer: Any) -> bool:
+    return not layer.is_kda and is_packed(linear_weight(layer.self_attn.kv_b_proj))
 
 
 __all__ = ["StepPlan"]
