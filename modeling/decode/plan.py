@@ -243,21 +243,25 @@ class StepPlan:
         p = self._part(self.p, heads * mla.qk_head_dim + R + S)
         self._linear(self.x, [mla.q_proj, mla.kv_a_proj_with_mqa], p, norm)
         latent_norm, o = mla.kv_a_layernorm, self._part(self.o, heads * V)
+        kv_b, pdl = self._kv_b(mla)
         decode_latent_attention(
-            p, self._kv_b(mla), o.view(-1, heads, V),
+            p, kv_b, o.view(-1, heads, V),
             norm_weight=latent_norm.weight, norm_eps=latent_norm.variance_epsilon, table=entry, past=self.past,
             q=self.q_latent, partial=self.partial, partial_lse=self.partial_lse, tokens=self.tokens, shared=S,
-            scale=mla.scaling, config=self._latent_config(), upcast=self._upcast, pdl=self._pdl,
+            scale=mla.scaling, config=self._latent_config(), upcast=self._upcast, pdl=pdl,
         )  # fmt: skip
         self._linear(o, [mla.o_proj], self.x, residual=self.x)
 
-    def _kv_b(self, mla: Any) -> torch.Tensor:
-        """Its weight, which goes to and from latent space as a dense one: a packed one is dequantised in each step."""
+    def _kv_b(self, mla: Any) -> tuple[torch.Tensor, bool]:
+        """(its weight as a dense one, whether launches that read it may start before the one before them ends).
+
+        A packed one is dequantised in each step, by a launch that must have ended: readers load weights ahead.
+        """
         weight = linear_weight(mla.kv_b_proj)
         if not is_packed(weight):
-            return weight
+            return weight, self._pdl
         decode_dequantize(weight, self.kv_b, gpu=self._gpu, pdl=self._pdl)
-        return self.kv_b
+        return self.kv_b, False
 
     def _dense(self, mlp: Any, norm: Any) -> None:
         p = self._part(self.p, 2 * mlp.gate_proj.weight.shape[0])
