@@ -1,8 +1,8 @@
 """Milliseconds a token of the full 48B shape on one GPU, beside transformers' native class and the limit.
 
     python -m benchmarks.decode [--cases 4096x1 131072x1 1048576x1 1024x8 1024x64] [--verify 4 8] [--profile 4096x1]
-                                [--sizes [2 3 5 12]] [--lora 16] [--all-mla] [--layers 16] [--native]
-                                [--out result.json]
+                                [--sizes [2 3 5 12]] [--lora 16] [--all-mla] [--layers 16]
+                                [--format w4|w4-fp8|fp8] [--native] [--out result.json]
 
 The model has the released shape and random bf16 weights, drawn on the GPU; a case is CONTEXTxBATCH over a cache filled
 with random values. `step` is one replay of the captured step. `greedy`, `eos` and `sampled` are `generate()` as a user
@@ -34,6 +34,7 @@ from benchmarks.full_model import (
     released_config,
     step_bytes,
 )
+from benchmarks.packed_model import FORMATS, packed_config
 from benchmarks.record import write
 from kimi_linear.hub_card.measure.timing import NEW_TOKENS, WAYS, generate_ms, replay_ms
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
@@ -137,11 +138,15 @@ def main() -> None:
     parser.add_argument("--lora", type=int, help="give the model an unmerged adapter of this rank")
     parser.add_argument("--all-mla", action="store_true", help="the same shape with MLA in every layer")
     parser.add_argument("--layers", type=int, help="only the first so many layers, for a smaller GPU (default: all)")
+    parser.add_argument("--format", choices=FORMATS, help="packed weights: experts, projections (packed_model.py)")
     parser.add_argument("--native", action="store_true", help="measure transformers' native class too")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     arguments = parser.parse_args()
     start = time.perf_counter()
-    model = random_model(KimiLinearForCausalLM, released_config(arguments.all_mla, arguments.layers))
+    config = released_config(arguments.all_mla, arguments.layers)
+    if arguments.format:
+        config = packed_config(config, arguments.format)
+    model = random_model(KimiLinearForCausalLM, config)
     if arguments.lora:
         add_lora(model, arguments.lora)
     torch.cuda.synchronize()

@@ -48,6 +48,7 @@ from torch.utils.hooks import RemovableHandle
 _FORWARDS: dict[type, Callable[..., Any]] = {
     kind: kind.forward for kind in (nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU)
 }
+_PACKED: set[type] = set()
 _forward_of = attrgetter("forward")
 _call_of_modules = nn.Module.__call__
 # What a module's own code writes while it runs; no reader depends on it.
@@ -67,6 +68,12 @@ def reads_weights(kind: type) -> type:
     """Class decorator: list `kind`, whose instances' weights are read past its forward, with the forward it has now."""
     _FORWARDS[kind] = kind.forward
     return kind
+
+
+def reads_packed(kind: type) -> type:
+    """Class decorator: the same for modules with packed weights, which only those read who know of them."""
+    _PACKED.add(kind)
+    return reads_weights(kind)
 
 
 class Noticing(nn.Module):
@@ -138,7 +145,7 @@ def hung(module: nn.Module) -> str | None:
 
 def weights_are_plain(modules: tuple[nn.Module, ...], device: torch.device) -> bool:
     """Whether nothing hangs on `modules`, and their parameters are dense on `device`."""
-    return all(hanging(module) is None for module in modules) and all(
+    return all(hanging(module) is None and type(module) not in _PACKED for module in modules) and all(
         type(x) is nn.Parameter and x.device == device and x.is_contiguous()
         for module in modules
         for x in module._parameters.values()
@@ -274,6 +281,7 @@ __all__ = [
     "hanging_on_root",
     "hung",
     "own_method",
+    "reads_packed",
     "reads_weights",
     "weights_are_plain",
 ]

@@ -18,8 +18,9 @@ from ..gpu.launching import overlap_options
 from ..gpu.sizes import power_of_two
 from .configs import GemvConfig
 from .expert_adapters import decode_delta
-from .linear import decode_block, decode_input, decode_prefetch_vector, decode_products
+from .linear import decode_input, decode_prefetch_vector
 from .routing import decode_store_choice, decode_topk
+from .tiles import decode_block, decode_products
 
 try:
     import triton

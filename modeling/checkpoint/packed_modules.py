@@ -13,6 +13,7 @@ from torch import nn
 
 from ...kernels.weights.formats import Allowed, WeightFormat
 from ...kernels.weights.handle import WeightHandle, packed_linear
+from ..plain_modules import reads_packed
 from .packed_state_dict import read_released_tensors
 
 try:
@@ -105,6 +106,7 @@ _METADATA = (
 )
 
 
+@reads_packed
 class KimiPackedLinear(nn.Linear, _PackedTensors, InternalModule):
     """A linear layer without bias whose weight is packed, under the names it has on disk but for `weight_packed`.
 
@@ -165,6 +167,7 @@ class KimiPackedLinear(nn.Linear, _PackedTensors, InternalModule):
         return f"{self.in_features}, {self.out_features}, {self.format.name}"
 
 
+@reads_packed
 class KimiPackedExperts(_PackedTensors, InternalModule):
     """Routed experts, stacked as in `KimiExperts`, with packed weights.
 

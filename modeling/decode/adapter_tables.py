@@ -6,6 +6,7 @@ import torch
 
 from ...kernels.decode.adapters import adapter_splits
 from ..plain_adapters import adapter_of, wraps
+from .packed import linear_weight
 
 
 class AdapterTable(NamedTuple):
@@ -37,7 +38,7 @@ def adapter_table(modules: list[Any], x_columns: tuple[int, ...] | None, device:
             scales.append(adapter.scale)
             factors.append(adapter)
             t_column += rank
-        y_column += module.weight.shape[0]
+        y_column += linear_weight(module).shape[0]
     if not entries:
         return None
     held = AdapterTable(

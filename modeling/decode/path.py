@@ -13,11 +13,12 @@ from ...kernels.gpu.availability import is_first_choice
 from ...kernels.gpu.availability import serves as kernels_serve
 from ...kernels.kda.operators import MAX_HEAD_DIM
 from ..cache.kimi_linear_cache import KimiLinearCache
-from ..checkpoint.packed_modules import packed_formats
+from ..checkpoint.packed_modules import KimiPackedExperts, KimiPackedLinear
 from ..layers.moe import KimiTopkRouter
 from ..module_watch import ModuleWatch
 from ..plain_adapters import adapter_misfit, adapter_of, adapter_parts, wraps
 from ..plain_modules import Noticing, foreign_methods, hanging
+from .packed import packed_reason
 from .row_parts import RowParts
 from .shapes import released_shapes
 from .step import MAX_STEP_TOKENS, DecodeStep
@@ -150,8 +151,8 @@ def _lasting_reason(model: Any) -> str | None:
         return f"KDA heads of {config.linear_head_dim} are wider than {MAX_HEAD_DIM}"
     if config.num_expert_group != config.topk_group:
         return "experts are chosen by group"
-    if formats := packed_formats(model):
-        return f"packed weights: no kernels for {' and '.join(formats)} yet"
+    if (packed := packed_reason(model)) is not None:
+        return packed
     parts: set[int] = set()  # modules inside of wrappers
     for name, module in model.named_modules():
         if module is model or id(module) in parts:
@@ -198,9 +199,12 @@ def _foreign_tensor(model: Any) -> str | None:
     shapes = released_shapes(model.config)
     adapters = [module for module in model.modules() if wraps(module)]
     of_adapters = {id(x) for module in adapters for part in adapter_parts(module) for x in part.parameters()}
+    packed = tuple(
+        f"{name}." for name, x in model.named_modules() if isinstance(x, KimiPackedLinear | KimiPackedExperts)
+    )
     for name, x in (*model.named_parameters(), *model.named_buffers()):
-        if id(x) in of_adapters:
-            continue
+        if id(x) in of_adapters or name.startswith(packed):
+            continue  # `adapter_misfit` or `packed_reason` has looked at them
         name = name.replace("base_layer.", "")
         plain = type(x) in (nn.Parameter, torch.Tensor) and x.is_contiguous() and x.device == device
         fixed = not name.endswith(("A_log", "dt_bias", "e_score_correction_bias"))

@@ -27,29 +27,26 @@ from ...kernels.decode.configs import (
     GROUP,
     SKINNY_TOKENS,
     LatentConfig,
-    down_config,
-    experts_config,
     gemv_config,
-    grouped_configs,
     latent_config,
     skinny_config,
 )
-from ...kernels.decode.expert_adapters import ExpertFactors, decode_expert_adapter
-from ...kernels.decode.experts import decode_expert_down, decode_expert_up
-from ...kernels.decode.grouped_experts import decode_grouped_experts
+from ...kernels.decode.dequantize import decode_dequantize
 from ...kernels.decode.latent import decode_latent_attention
 from ...kernels.decode.linear import decode_gate, decode_linear, decode_norm
 from ...kernels.decode.products import library_linear
-from ...kernels.decode.routing import decode_group, decode_route, most_blocks
+from ...kernels.decode.routing import most_blocks
 from ...kernels.gpu.classes import gpu_class
 from ...kernels.kda.configs import step_config
 from ...kernels.kda.step import kda_step_fwd
 from ..placement import LayerSpan
-from ..plain_adapters import adapter_of, base_of, expert_adapters
+from ..plain_adapters import adapter_of
 from .adapter_tables import AdapterTable, adapter_table, workspace_elements
+from .expert_launches import ExpertLaunches
+from .packed import is_packed, linear_weight
 
 
-class StepPlan:
+class StepPlan(ExpertLaunches):
     """The launches of a step on one device, and everything that passes between them.
 
     Args:
@@ -116,6 +113,8 @@ class StepPlan:
         self.q_latent = empty(N, heads, R + S)
         self.partial = empty(N, splits, heads, R, dtype=torch.float32)
         self.partial_lse = empty(N, splits, heads, dtype=torch.float32)
+        if any(map(_has_packed_kv_b, self._layers())):
+            self.kv_b = empty(heads * (config.qk_nope_head_dim + config.v_head_dim), R)
         if self.span.has_head:
             self.logits = empty(N, self._model().lm_head.weight.shape[0])
         parts = [*self._layers(), *([self._model().lm_head] if self.span.has_head else [])]
@@ -207,7 +206,7 @@ class StepPlan:
         `modules` are linears without bias (or a router, whose `weight` is one); `options` are `decode_linear`'s. What
         adapters around them add takes two more launches.
         """
-        weights = [module.weight for module in modules]
+        weights = [linear_weight(module) for module in modules]
         columns, rows = weights[0].shape[1], sum(weight.shape[0] for weight in weights)
         fused = {}
         if x.shape[0] == 1:
@@ -218,11 +217,11 @@ class StepPlan:
             config = skinny_config(x.shape[0], columns, rows, x.element_size(), self._gpu)
             x = x if norm is None else self._normed(x, norm)
         # The library has no product of bf16 into fp32 that writes where it is told; the router is small.
-        if x.shape[0] > SKINNY_TOKENS and x.dtype == y.dtype:
+        if x.shape[0] > SKINNY_TOKENS and x.dtype == y.dtype and not any(map(is_packed, weights)):
             library_linear(x, weights, y, add=residual is not None, **options)
         else:
             common = {**fused, **options, "upcast": self._upcast, "pdl": self._pdl}
-            decode_linear(x, weights, y, config, residual=residual, **common)
+            decode_linear(x, weights, y, config, residual=residual, gpu=self._gpu, **common)
         adapters = self._adapters(modules, options.pop("x_columns", None))
         if adapters is not None:
             common = {**fused, **options, "upcast": self._upcast, "pdl": self._pdl}
@@ -269,20 +268,32 @@ class StepPlan:
         p = self._part(self.p, heads * mla.qk_head_dim + R + S)
         self._linear(self.x, [mla.q_proj, mla.kv_a_proj_with_mqa], p, norm)
         latent_norm, o = mla.kv_a_layernorm, self._part(self.o, heads * V)
+        kv_b, pdl = self._kv_b(mla)
         decode_latent_attention(
-            p, mla.kv_b_proj.weight, o.view(-1, heads, V), adapter=adapter_of(mla.kv_b_proj),
+            p, kv_b, o.view(-1, heads, V), adapter=adapter_of(mla.kv_b_proj),
             norm_weight=latent_norm.weight, norm_eps=latent_norm.variance_epsilon, table=entry, past=self.past,
             q=self.q_latent, partial=self.partial, partial_lse=self.partial_lse, tokens=self.tokens, shared=S,
-            scale=mla.scaling, config=self._latent_config(), upcast=self._upcast, pdl=self._pdl,
+            scale=mla.scaling, config=self._latent_config(), upcast=self._upcast, pdl=pdl,
         )  # fmt: skip
         self._linear(o, [mla.o_proj], self.x, residual=self.x)
+
+    def _kv_b(self, mla: Any) -> tuple[torch.Tensor, bool]:
+        """(its weight as a dense one, whether launches that read it may start before the one before them ends).
+
+        A packed one is dequantised in each step, by a launch that must have ended: readers load weights ahead.
+        """
+        weight = linear_weight(mla.kv_b_proj)
+        if not is_packed(weight):
+            return weight, self._pdl
+        decode_dequantize(weight, self.kv_b, gpu=self._gpu, pdl=self._pdl)
+        return self.kv_b, False
 
     def _dense(self, mlp: Any, norm: Any) -> None:
         self._mlp_down(mlp, self._mlp_up(mlp, norm))
 
     def _mlp_up(self, mlp: Any, norm: Any) -> torch.Tensor:
         """Gate and up activations, of several tokens multiplied already."""
-        p = self._part(self.p, 2 * mlp.gate_proj.weight.shape[0])
+        p = self._part(self.p, 2 * linear_weight(mlp.gate_proj).shape[0])
         self._linear(self.x, [mlp.gate_proj, mlp.up_proj], p, norm)
         if p.shape[0] > 1:
             decode_gate(p, self._pdl)
@@ -292,68 +303,9 @@ class StepPlan:
         gated = {"gated": True} if p.shape[0] == 1 else {}
         self._linear(p, [mlp.down_proj], self.x, residual=self.x, **gated)
 
-    def _moe(self, moe: Any, norm: Any) -> None:
-        shared = moe.shared_experts
-        projections = () if shared is None else (shared.gate_proj, shared.up_proj, shared.down_proj)
-        apart = any(adapter_of(module) is not None for module in projections)  # those are linears' adapters
-        if apart:
-            p = self._mlp_up(shared, norm)  # before the experts add to what it reads
-        self._linear(self.x, [moe.gate], self.router, norm)
-        weights = None if shared is None or apart else tuple(module.weight for module in projections)
-        (self._experts_of_one if self.x.shape[0] == 1 else self._experts_of_several)(moe, norm, weights)
-        if apart:
-            self._mlp_down(shared, p)
 
-    def _routing_rule(self, router: Any) -> dict[str, Any]:
-        return {
-            "factor": router.scaling_factor,
-            "biased": router.biased_weights,
-            "renormalize": router.renormalize,
-            "pdl": self._pdl,
-        }
-
-    def _experts_of_one(self, moe: Any, norm: Any, shared: tuple[torch.Tensor, ...] | None) -> None:
-        x, chosen, weights, experts = self.x, self.chosen, self.expert_weights, base_of(moe.experts)
-        h = self.h if shared else self.h[: chosen.numel()]
-        up, down = self._expert_factors(moe)
-        common = {"norm_weight": norm.weight, "eps": norm.variance_epsilon, "bias": moe.gate.e_score_correction_bias}
-        if up is not None:
-            t = self._low_rank_of_experts(up)
-            decode_expert_adapter(x, up, t, chosen, logits=self.router, pdl=self._pdl, **common)
-        decode_expert_up(
-            x, self.router, h, chosen, weights, gate_up=experts.gate_up_proj, shared=shared and shared[:2],
-            config=experts_config(x.shape[1]), adapter=up and (t, up.up), **common, **self._routing_rule(moe.gate),
-        )  # fmt: skip
-        if down is not None:
-            t = self._low_rank_of_experts(down)
-            decode_expert_adapter(h, down, t, chosen, pdl=self._pdl)
-        decode_expert_down(
-            h, chosen, weights, experts.down_proj, shared and shared[2], x, down_config(experts.down_proj.shape[2]),
-            adapter=down and (t, down.up), pdl=self._pdl,
-        )  # fmt: skip
-
-    def _experts_of_several(self, moe: Any, norm: Any, shared: tuple[torch.Tensor, ...] | None) -> None:
-        x, router, experts = self.x, moe.gate, base_of(moe.experts)
-        gate_up, down = experts.gate_up_proj, experts.down_proj
-        decode_route(
-            self.router, router.e_score_correction_bias, self.chosen, self.expert_weights, **self._routing_rule(router)
-        )
-        decode_group(self.chosen, *self.groups, router.num_experts, pdl=self._pdl)
-        decode_grouped_experts(
-            self.normed, self.expert_weights, x, groups=self.groups, gate_up=gate_up, down=down, shared=shared,
-            h=self.h, z=self.z, configs=grouped_configs(x.shape[1], down.shape[2], x.element_size(), self._gpu),
-            adapters=self._expert_factors(moe), t=self.low_rank, upcast=self._upcast, pdl=self._pdl,
-        )  # fmt: skip
-
-    def _expert_factors(self, moe: Any) -> tuple[ExpertFactors | None, ExpertFactors | None]:
-        """Of the gate and up, and of the down projections."""
-        found = {name: ExpertFactors(*adapter) for name, adapter in expert_adapters(moe.experts).items()}
-        return found.get("gate_up_proj"), found.get("down_proj")
-
-    def _low_rank_of_experts(self, factors: ExpertFactors) -> torch.Tensor:
-        """[pairs, rank] for what the down-going factors give."""
-        shape = self.chosen.numel(), factors.down.shape[1]
-        return self.low_rank[: shape[0] * shape[1]].view(shape)
+def _has_packed_kv_b(layer: Any) -> bool:
+    return not layer.is_kda and is_packed(linear_weight(layer.self_attn.kv_b_proj))
 
 
 __all__ = ["StepPlan"]
