@@ -83,3 +83,20 @@ def test_formats_without_kernels_take_the_layers_and_say_so(layout, stepping):
 def test_several_shared_experts_take_the_layers(stepping):
     reason = packed_model("w4a16 g32", num_shared_experts=2).decode_path
     assert reason == "layer by layer: packed weights: no kernels for 2 shared experts"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 2])
+def test_adapters_on_packed_projections(batch, stepping):
+    """QLoRA: PEFT's forward over dequantised weights, against the step's packed product and low-rank launches."""
+    peft = pytest.importorskip("peft")
+    model = packed_model("fp8 channel")
+    torch.manual_seed(2)
+    names = ["q_proj", "o_proj", "kv_b_proj", "gate_proj", "down_proj"]
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=names, init_lora_weights=False)).eval()
+    cache = wrapped(PROMPT[-batch:], attention_mask=MASK[-batch:], use_cache=True).past_key_values
+    new, twin = torch.arange(batch)[:, None] + 7, cache.fork(1)[0]
+    mask = torch.nn.functional.pad(MASK[-batch:], (0, 1), value=1)
+    expected = layer_by_layer(model, lambda: model(new, attention_mask=mask, past_key_values=twin).logits)
+    assert close(model(new, attention_mask=mask, past_key_values=cache).logits, expected)
+    assert stepping == [(batch, 1)]
