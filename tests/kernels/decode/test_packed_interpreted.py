@@ -19,7 +19,7 @@ from kimi_linear.kernels.decode.linear import decode_linear
 from kimi_linear.kernels.decode.packed_experts import decode_packed_expert_down, decode_packed_expert_up
 from kimi_linear.kernels.decode.packed_grouped import decode_packed_grouped_experts
 from kimi_linear.kernels.decode.routing import decode_group, most_blocks
-from kimi_linear.kernels.prompt import packed_experts as prompt_packed_experts
+from kimi_linear.kernels.prompt import quantised_experts as prompt_experts
 from kimi_linear.kernels.weights.handle import WeightHandle
 from kimi_linear.kernels.weights.tiles import PackedStack, tile_format, tiles_of
 
@@ -188,8 +188,8 @@ def test_dequantised_is_the_exact_path_s_number(layout, gpu, generator):
 @pytest.mark.parametrize("few", [512, 0])  # by the grouped kernels; by chunks of dequantised experts
 @pytest.mark.parametrize("tokens", [0, 1, 20])
 def test_prompt_s_experts(few, tokens, generator, randn, monkeypatch):
-    monkeypatch.setattr(prompt_packed_experts, "_FEW_TOKENS", few)
-    monkeypatch.setattr(prompt_packed_experts, "_CHUNK", 2)
+    monkeypatch.setattr(prompt_experts, "_FEW_TOKENS", few)
+    monkeypatch.setattr(prompt_experts, "_CHUNK", 2)
     gate_up, gate_up_exact = stacked("w4a16 g32", 5, 32, 64, 2, generator)
     down, down_exact = stacked("w4a16 g32", 5, 64, 32, 1, generator)
     x, shared = (randn(tokens, 64, dtype=torch.bfloat16) for _ in range(2))
@@ -199,7 +199,7 @@ def test_prompt_s_experts(few, tokens, generator, randn, monkeypatch):
     for n in range(tokens):
         for e, weight in zip(experts[n].tolist(), weights[n]):
             exact[n] += weight * expert(x[n].double(), gate_up_exact[e], down_exact[e])
-    y = prompt_packed_experts.packed_experts(x, experts, weights, gate_up, down, shared)
+    y = prompt_experts.quantised_experts(x, experts, weights, gate_up, down, shared)
     assert y.shape == x.shape and (tokens == 0 or relative(y, exact) < bound(torch.bfloat16, 4))
 
 

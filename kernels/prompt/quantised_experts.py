@@ -25,8 +25,8 @@ _FEW_TOKENS = 512
 _CHUNK = 32
 
 
-def packed_experts_serve(x: torch.Tensor, gate_up: PackedStack, down: PackedStack) -> bool:
-    """Whether `packed_experts` takes these: bf16, formats that have tiles, rows of 16 bytes, no gradients."""
+def quantised_experts_serve(x: torch.Tensor, gate_up: PackedStack, down: PackedStack) -> bool:
+    """Whether `quantised_experts` takes these: bf16, formats that have tiles, rows of 16 bytes, no gradients."""
     fits = x.shape[1] % 8 == 0 and down.data.shape[1] == x.shape[1] and x.dtype == torch.bfloat16
     read = all(tile_format(stack.format) is not None and stack.data.is_contiguous() for stack in (gate_up, down))
     scales = [stack.scale for stack in (gate_up, down)]
@@ -34,7 +34,7 @@ def packed_experts_serve(x: torch.Tensor, gate_up: PackedStack, down: PackedStac
 
 
 @launches_beside_first_argument
-def packed_experts(
+def quantised_experts(
     x: torch.Tensor,
     experts: torch.Tensor,
     weights: torch.Tensor,
@@ -110,4 +110,4 @@ def _by_chunks(
     return combine_rows_fwd(outputs, position, weights, shared)
 
 
-__all__ = ["packed_experts", "packed_experts_serve"]
+__all__ = ["quantised_experts", "quantised_experts_serve"]
