@@ -110,7 +110,7 @@ def decode_packed_grouped_down_kernel(
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     DTYPE: tl.constexpr = h.dtype.element_ty
     if i_shared >= 0:
-        b_z, _ = grouped_products(
+        b_z, _none = grouped_products(
             h + b_row[:, None] * I, m_m, shared_down, shared_down, shared_scale, shared_scale, o_n, D, I,
             BM, BN, BK, STAGES, False, SHARED_FORMAT, SHARED_SCALE_ROWS, SHARED_SCALE_COLUMNS, DTYPE, UPCAST,
         )  # fmt: skip
@@ -118,7 +118,7 @@ def decode_packed_grouped_down_kernel(
         WIDTH: tl.constexpr = (I + 7) // 8 if FORMAT == INT4 else I
         SCALES: tl.constexpr = ((D + SCALE_ROWS - 1) // SCALE_ROWS) * ((I + SCALE_COLUMNS - 1) // SCALE_COLUMNS)
         p_w, p_s = down + expert * (D * WIDTH), scale + expert * SCALES
-        b_z, _ = grouped_products(
+        b_z, _none = grouped_products(
             h + b_row[:, None] * I, m_m, p_w, p_w, p_s, p_s, o_n, D, I,
             BM, BN, BK, STAGES, False, FORMAT, SCALE_ROWS, SCALE_COLUMNS, DTYPE, UPCAST,
         )  # fmt: skip

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from ...kernels.weights.formats import Allowed, WeightFormat
-from ...kernels.weights.handle import WeightHandle, packed_linear
+from ...kernels.weights.handle import WeightHandle
+from ...kernels.weights.linear import packed_linear
+from ...kernels.weights.tiles import PackedStack
 from ..plain_modules import reads_packed
 from .packed_state_dict import read_released_tensors
 
@@ -234,6 +236,12 @@ class KimiPackedExperts(_PackedTensors, InternalModule):
         else:
             stacked = (self.num_experts, count, *shape)
         self._hold(place.attribute, torch.zeros(stacked, dtype=dtype, device=device))
+
+    def stack(self, projection: str) -> PackedStack:
+        """One projection of all experts, for kernels that choose experts themselves."""
+        format = self.formats[projection]
+        scale = getattr(self, f"{projection}_{format.scale_name}")
+        return PackedStack(format, getattr(self, f"{projection}_packed"), scale)
 
     def handle(self, projection: str, expert: int, index: int = 0) -> WeightHandle:
         """One weight of one expert, for whoever computes with it."""

@@ -22,11 +22,7 @@ def linear_weight(module: Any) -> Linear:
 def expert_weight(experts: Any, projection: str) -> torch.Tensor | PackedStack:
     """`gate_up_proj` or `down_proj` of all routed experts as launches take it, adapters around them left aside."""
     experts = base_of(experts)
-    if not isinstance(experts, KimiPackedExperts):
-        return getattr(experts, projection)
-    format = experts.formats[projection]
-    scale = getattr(experts, f"{projection}_{format.scale_name}")
-    return PackedStack(format, getattr(experts, f"{projection}_packed"), scale)
+    return experts.stack(projection) if isinstance(experts, KimiPackedExperts) else getattr(experts, projection)
 
 
 def is_packed(weight: Weight) -> bool:

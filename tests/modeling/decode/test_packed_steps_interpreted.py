@@ -22,7 +22,7 @@ from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
 
 __all__ = ["few_programs", "stepping"]  # fixtures
 
-READ = ["w4a16 g32", "w4a16 channel", "fp8 channel", "fp8 block", "fp8 tensor static"]
+READ = ["w4a16 g32", "fp8 channel", "fp8 tensor static"]
 UNREAD = {
     "w4a16 g32 asymmetric": "pack-quantized int4, groups of 32, asymmetric",
     "w3a16": "pack-quantized int3",
@@ -47,8 +47,7 @@ def few_packed_programs(monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layout", READ)
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("layout", "batch"), [*((layout, 1) for layout in READ), ("w4a16 g32", 2), ("fp8 block", 2)])
 def test_step_equals_layers(layout, batch):
     model, prompt, mask = packed_model(layout), PROMPT[-batch:], MASK[-batch:]
     caches = [KimiLinearCache(model.config), KimiLinearCache(model.config)]
@@ -58,16 +57,15 @@ def test_step_equals_layers(layout, batch):
     for buffer in step.plan.buffers():
         if buffer.is_floating_point():
             buffer.fill_(torch.nan)
-    for _ in range(2):
-        new = torch.randint(0, 120, (batch, 1))
-        mask = torch.cat([mask, torch.ones_like(new)], dim=1)
-        hidden = model.model(new, attention_mask=mask, past_key_values=caches[0]).last_hidden_state
-        assert close(step(caches[1], new, mask.bool() if batch > 1 else None), model.lm_head(hidden))
+    new = torch.randint(0, 120, (batch, 1))
+    mask = torch.cat([mask, torch.ones_like(new)], dim=1)
+    hidden = model.model(new, attention_mask=mask, past_key_values=caches[0]).last_hidden_state
+    assert close(step(caches[1], new, mask.bool() if batch > 1 else None), model.lm_head(hidden))
 
 
 def test_greedy_text_is_that_of_the_layers(stepping):
     model = packed_model("w4a16 g32")
-    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "attention_mask": MASK}
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "attention_mask": MASK}
     expected = layer_by_layer(model, lambda: model.generate(PROMPT, **options))
     assert model.decode_path.startswith("captured steps")
     assert torch.equal(model.generate(PROMPT, **options), expected)
