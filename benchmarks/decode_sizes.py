@@ -73,7 +73,8 @@ def add_lora(model: Any, rank: int) -> Any:
         target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
         target_parameters=["experts.gate_up_proj", "experts.down_proj"],
     )
-    wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    with torch.device(model.device):  # PEFT draws factors, which would take the CPU half a minute
+        wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     for name, parameter in wrapped.named_parameters():
         if "lora_" in name:
             parameter.data.normal_(0, 0.02)

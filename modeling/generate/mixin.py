@@ -43,7 +43,7 @@ class KimiGenerationMixin(GenerationMixin):
 
         Those are the captured steps with their graphs and buffers, and what PyTorch keeps of freed memory. The next
         text captures its step anew (some tenths of a second once kernels are compiled). Caches belong to whoever holds
-        them: those that `generate()` made are gone with its result.
+        them: those that `generate()` made are gone with its result. cuBLAS keeps its workspaces (32 MiB on Hopper).
         """
         self._decode.free()
         if self.device.type == "cuda":
