@@ -98,7 +98,10 @@ def tile_scales(
     else:
         o_p = i_k // 8 + tl.arange(0, BK // 8)
         mask = m_n[:, None] & (o_p * 8 < COLUMNS)[None, :]
-        b_s = tl.load(p_row + (o_p // (SCALE_COLUMNS // 8))[None, :], mask=mask, other=0.0).to(tl.float32)
+        # They are not contiguous. Said all the same, it makes Triton 3.6 give neighbours in a row to neighbouring
+        # threads, as with the numbers; each is a load of its own, as the alignment is unknown (see `tile_pointer`).
+        o_s = tl.max_contiguous(o_p // (SCALE_COLUMNS // 8), BK // 8)
+        b_s = tl.load(p_row + tl.program_id(2) + o_s[None, :], mask=mask, other=0.0).to(tl.float32)
         return b_s * 256 if FORMAT == FP8_BITS else b_s
 
 
