@@ -162,8 +162,8 @@ def int4_input(b_x):
 @triton.jit
 def int4_pair(b_shifted, b_even, b_odd, b_sum):
     """`b_sum` plus the products of the numbers at bits 15 and 19 of words [BN, BP]."""
-    # A mask that the compiler can't know stays in a register, and "and" and "or" become one instruction: it has room for
-    # one constant.
+    # A mask that the compiler can't know stays in a register: an instruction has room for one constant, and "and" with
+    # "or" becomes one instruction.
     low = 0x00078000 + tl.program_id(2)
     b_sum += ((b_shifted & low) | 0x3F800000).to(tl.float32, bitcast=True) * b_even[None, :]
     return b_sum + ((b_shifted & (low << 4)) | 0x3F800000).to(tl.float32, bitcast=True) * b_odd[None, :]
