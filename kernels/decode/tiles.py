@@ -98,7 +98,10 @@ def tile_scales(
     else:
         o_p = i_k // 8 + tl.arange(0, BK // 8)
         mask = m_n[:, None] & (o_p * 8 < COLUMNS)[None, :]
-        b_s = tl.load(p_row + (o_p // (SCALE_COLUMNS // 8))[None, :], mask=mask, other=0.0).to(tl.float32)
+        # They are not contiguous. Said all the same, it makes Triton 3.6 give neighbours in a row to neighbouring
+        # threads, as with the numbers; each is a load of its own, as the alignment is unknown (see `tile_pointer`).
+        o_s = tl.max_contiguous(o_p // (SCALE_COLUMNS // 8), BK // 8)
+        b_s = tl.load(p_row + tl.program_id(2) + o_s[None, :], mask=mask, other=0.0).to(tl.float32)
         return b_s * 256 if FORMAT == FP8_BITS else b_s
 
 
@@ -159,8 +162,11 @@ def int4_input(b_x):
 @triton.jit
 def int4_pair(b_shifted, b_even, b_odd, b_sum):
     """`b_sum` plus the products of the numbers at bits 15 and 19 of words [BN, BP]."""
-    b_sum += ((b_shifted & 0x00078000) | 0x3F800000).to(tl.float32, bitcast=True) * b_even[None, :]
-    return b_sum + ((b_shifted & 0x00780000) | 0x3F800000).to(tl.float32, bitcast=True) * b_odd[None, :]
+    # A mask that the compiler can't know stays in a register: an instruction has room for one constant, and "and" with
+    # "or" becomes one instruction.
+    low = 0x00078000 + tl.program_id(2)
+    b_sum += ((b_shifted & low) | 0x3F800000).to(tl.float32, bitcast=True) * b_even[None, :]
+    return b_sum + ((b_shifted & (low << 4)) | 0x3F800000).to(tl.float32, bitcast=True) * b_odd[None, :]
 
 
 @triton.jit
@@ -188,7 +194,7 @@ def tile_matrix(
     elif FORMAT == INT4:
         b_w = tile_numbers(p_row, i_k, m_n, COLUMNS, BK, FORMAT)
         b_s = piece_scales(p_scale, i_k, m_n, COLUMNS, BK, SCALE_COLUMNS)
-        return int4_matrix(b_w, b_s).to(DTYPE)
+        return int4_matrix(b_w, b_s, DTYPE)
     else:
         b_w = fp8_numbers(tile_numbers(p_row, i_k, m_n, COLUMNS, BK, FORMAT), FORMAT)
         if SCALE_COLUMNS < COLUMNS:
@@ -217,17 +223,27 @@ def piece_scales(p_row, i_k, m_n, COLUMNS: tl.constexpr, BK: tl.constexpr, SCALE
 
 
 @triton.jit
-def int4_matrix(b_word, b_s):
-    """Words and scales [BN, BP] to numbers [BN, 8 BP], fp32: exact for scales of eight significant bits."""
-    o_j = tl.arange(0, 8)[None, None, :]
-    m_even = o_j % 2 == 0
-    b_word3 = b_word[:, :, None]
-    b_left, b_right = b_word3 << ((15 - 8 * (o_j // 2)) & 31), b_word3 >> ((8 * (o_j // 2) - 15) & 31)
-    b_bits = tl.where(o_j < 4, b_left, b_right) & tl.where(m_even, 0x00078000, 0x00780000)
-    b_one = (b_bits | 0x3F800000).to(tl.float32, bitcast=True)
-    b_s = b_s[:, :, None]
-    b_w = b_one * tl.where(m_even, 256 * b_s, 16 * b_s) - tl.where(m_even, 264 * b_s, 24 * b_s)
-    return tl.reshape(b_w, [b_word.shape[0], b_word.shape[1] * 8])
+def int4_scaled_pair(b_shifted, b_s, DTYPE: tl.constexpr):
+    """The numbers at bits 15 and 19 of words [BN, BP] times their scales, rounded once from fp32."""
+    b_even = ((b_shifted & 0x00078000) | 0x3F800000).to(tl.float32, bitcast=True) * (256 * b_s) - 264 * b_s
+    b_odd = ((b_shifted & 0x00780000) | 0x3F800000).to(tl.float32, bitcast=True) * (16 * b_s) - 24 * b_s
+    return b_even.to(DTYPE), b_odd.to(DTYPE)
+
+
+@triton.jit
+def int4_matrix(b_word, b_s, DTYPE: tl.constexpr):
+    """
+    Words and scales [BN, BP] to numbers [BN, 8 BP]: exact before the rounding for scales of eight significant bits.
+
+    Joined rather than spread over a new dimension, so that a thread keeps the eight numbers of its word together.
+    """
+    b_0, b_1 = int4_scaled_pair(b_word << 15, b_s, DTYPE)
+    b_2, b_3 = int4_scaled_pair(b_word << 7, b_s, DTYPE)
+    b_4, b_5 = int4_scaled_pair(b_word >> 1, b_s, DTYPE)
+    b_6, b_7 = int4_scaled_pair(b_word >> 9, b_s, DTYPE)
+    b_even = tl.join(tl.join(b_0, b_4), tl.join(b_2, b_6))
+    b_odd = tl.join(tl.join(b_1, b_5), tl.join(b_3, b_7))
+    return tl.reshape(tl.join(b_even, b_odd), [b_word.shape[0], b_word.shape[1] * 8])
 
 
 __all__ = [
