@@ -27,8 +27,9 @@ look (`events`):
 - a field of the config: its dict is compared.
 What has no such sign is found by the whole look that opens every text: a parameter's `.data` set to another tensor, a
 `Linear` cast or moved by itself, entries written straight into `_parameters` or `_forward_hooks`. While the answer is
-not None every look is a whole one, so what is taken away is noticed too. PEFT's switches (set_adapter, disable_adapter,
-merge) need no sign: a module that PEFT wraps is never plain, and unwrapping it registers a module.
+not None every look is a whole one, so what is taken away is noticed too. A module that PEFT wraps is not plain; which
+wrappers captured steps can do all the same, and their switches (set_adapter, disable_adapter, merge), is in
+`plain_adapters`, and `ModuleWatch` compares the switches in every look.
 """
 
 import sys
@@ -47,6 +48,7 @@ from torch.utils.hooks import RemovableHandle
 _FORWARDS: dict[type, Callable[..., Any]] = {
     kind: kind.forward for kind in (nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU)
 }
+_PACKED: set[type] = set()
 _forward_of = attrgetter("forward")
 _call_of_modules = nn.Module.__call__
 # What a module's own code writes while it runs; no reader depends on it.
@@ -66,6 +68,12 @@ def reads_weights(kind: type) -> type:
     """Class decorator: list `kind`, whose instances' weights are read past its forward, with the forward it has now."""
     _FORWARDS[kind] = kind.forward
     return kind
+
+
+def reads_packed(kind: type) -> type:
+    """Class decorator: the same for modules with packed weights, which only those read who know of them."""
+    _PACKED.add(kind)
+    return reads_weights(kind)
 
 
 class Noticing(nn.Module):
@@ -119,6 +127,11 @@ def hanging(module: nn.Module) -> str | None:
         return f"is a {kind.__name__} (an adapter, quantised storage or a subclass)"
     if kind.forward is not listed or nn.Module.__call__ is not _call_of_modules:
         return f"is a {kind.__name__}, whose forward was replaced on the class"
+    return hung(module)
+
+
+def hung(module: nn.Module) -> str | None:
+    """`hanging` for a class that the caller knows: hooks, global ones too, and a forward replaced on the instance."""
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return "is called with global hooks (register_module_forward_hook)"
     held = module.__dict__
@@ -145,7 +158,7 @@ def _foreign_forward(module: nn.Module) -> str:
 
 def weights_are_plain(modules: tuple[nn.Module, ...], device: torch.device) -> bool:
     """Whether nothing hangs on `modules`, and their parameters are dense on `device`."""
-    return all(hanging(module) is None for module in modules) and all(
+    return all(hanging(module) is None and type(module) not in _PACKED for module in modules) and all(
         type(x) is nn.Parameter and x.device == device and x.is_contiguous()
         for module in modules
         for x in module._parameters.values()
@@ -287,8 +300,10 @@ __all__ = [
     "foreign_methods",
     "hanging",
     "hanging_on_root",
+    "hung",
     "is_placed_only",
     "own_method",
+    "reads_packed",
     "reads_weights",
     "take_hook_off",
     "weights_are_plain",

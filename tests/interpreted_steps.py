@@ -10,6 +10,7 @@ from torch import nn
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.kernels.decode.configs import GemvConfig
 from kimi_linear.kernels.gpu.sizes import padded
+from kimi_linear.modeling.decode import expert_launches
 from kimi_linear.modeling.decode import path as decode_path
 from kimi_linear.modeling.decode import plan as decode_plan
 from kimi_linear.modeling.decode.step import DecodeStep
@@ -45,7 +46,7 @@ def few_programs(monkeypatch):
         "down_config": lambda columns: GemvConfig(64, padded(columns), 1, 4),
     }
     for name, config in large.items():
-        monkeypatch.setattr(decode_plan, name, config)
+        monkeypatch.setattr(decode_plan if hasattr(decode_plan, name) else expert_launches, name, config)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ TARGETS = {
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 # Desktop GPUs take the choices of sm_80, with less shared memory.
 DESKTOP, DESKTOP_SHARED = GPUTarget("cuda", 120, 32), 99 << 10
+DESKTOPS = {"sm_86": GPUTarget("cuda", 86, 32), "sm_89": GPUTarget("cuda", 89, 32), "sm_120": DESKTOP}
 
 
 class _OfflineDriver:

@@ -12,6 +12,8 @@ from ...modeling.modeling_kimi_linear import KimiLinearPreTrainedModel
 from ...modeling.placement import take_hooks_off_layers
 
 _STD = 0.02
+# Root mean square of the numbers that `_draw_numbers` draws: 4-bit integers, and E4M3's codes below 112.
+_RMS = {torch.int32: 4.64, torch.float8_e4m3fn: 28.9}
 
 
 def empty_model(model_class: Any, config: Any) -> torch.nn.Module:
@@ -54,10 +56,15 @@ def random_model(model_class: Any, config: Any, device: Any = "cuda", seed: int 
 
 @torch.no_grad()
 def draw_weights(model: torch.nn.Module, seed: int) -> None:
-    """Fill every parameter and buffer of `model` in place."""
+    """Fill every parameter and buffer of `model` in place; packed weights are as large as dense ones."""
     torch.manual_seed(seed)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name.endswith("A_log"):
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.dtype == torch.float8_e4m3fn:
+            _draw_numbers(tensor)
+        elif name.endswith("_scale") and name.removesuffix("scale") + "packed" in tensors:
+            tensor.fill_(_STD / _RMS[tensors[name.removesuffix("scale") + "packed"].dtype])
+        elif name.endswith("A_log"):
             tensor.uniform_(1, 16).log_()
         elif name.endswith("dt_bias"):
             tensor.uniform_(-7, -2)
@@ -67,6 +74,17 @@ def draw_weights(model: torch.nn.Module, seed: int) -> None:
             tensor.fill_(1)
         else:
             tensor.normal_(0, _STD)
+
+
+def _draw_numbers(tensor: torch.Tensor) -> None:
+    """Numbers of a packed weight, none of them NaN."""
+    if tensor.dtype == torch.int32:
+        tensor.random_(-(2**31), 2**31)
+    elif tensor.dtype == torch.float8_e4m3fn:
+        codes = tensor.view(torch.uint8)
+        codes.random_(0, 112).bitwise_or_(torch.empty_like(codes).random_(0, 2).mul_(128))
+    else:
+        tensor.zero_()  # shapes
 
 
 def native_class() -> Any:

@@ -23,7 +23,7 @@ except ImportError:
 
 
 @triton.jit
-def decode_share(past, T: tl.constexpr, SPLITS: tl.constexpr, BL: tl.constexpr):
+def decode_share(past, SPLITS, T: tl.constexpr, BL: tl.constexpr):
     """(rows after this step, rows of a split: whole blocks, the same for all tokens)."""
     total = (tl.load(past) + T).to(tl.int32)
     return total, ((total + SPLITS - 1) // SPLITS + BL - 1) // BL * BL
@@ -52,10 +52,10 @@ def decode_prefetch_rows(rows, begin, end, WIDTH: tl.constexpr, BL: tl.constexpr
     decode_prefetch(tl.maximum(b_address, rows.to(tl.int64)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SPLITS"])
 def decode_attend_kernel(
-    q, table, past, partial, partial_lse, scale,
-    T: tl.constexpr, H: tl.constexpr, R: tl.constexpr, S: tl.constexpr, SPLITS: tl.constexpr,
+    q, table, past, partial, partial_lse, scale, SPLITS,
+    T: tl.constexpr, H: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     BH: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr, BL: tl.constexpr,
     STAGES: tl.constexpr, UPCAST: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -68,7 +68,7 @@ def decode_attend_kernel(
     i_b = i_n // T
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    total, share = decode_share(past, T, SPLITS, BL)
+    total, share = decode_share(past, SPLITS, T, BL)
     begin, end = i_split * share, tl.minimum((i_split + 1) * share, total)
     rows, mask = decode_rows(table, i_b, q.dtype.element_ty, R + S)
     if PDL:
@@ -113,10 +113,10 @@ def decode_attend_kernel(
     tl.store(partial_lse + i_part * H + o_h, b_m + tl.log2(tl.maximum(b_l, 1e-30)), mask=m_h)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SPLITS"])
 def decode_attend_tokens_kernel(
-    q, table, past, partial, partial_lse, scale,
-    T: tl.constexpr, H: tl.constexpr, R: tl.constexpr, S: tl.constexpr, SPLITS: tl.constexpr,
+    q, table, past, partial, partial_lse, scale, SPLITS,
+    T: tl.constexpr, H: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     BT: tl.constexpr, BH: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr, BL: tl.constexpr,
     STAGES: tl.constexpr, UPCAST: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -132,7 +132,7 @@ def decode_attend_tokens_kernel(
     o_c = tl.arange(0, BT * BH)
     o_t, o_h = tl.program_id(0) % GROUPS * BT + o_c // BH, o_c % BH
     m_c = (o_t < T) & (o_h < H)
-    total, share = decode_share(past, T, SPLITS, BL)
+    total, share = decode_share(past, SPLITS, T, BL)
     begin, end = i_split * share, tl.minimum((i_split + 1) * share, total)
     rows, mask = decode_rows(table, i_b, q.dtype.element_ty, R + S)
     if PDL:
@@ -202,12 +202,12 @@ def decode_attend(
     """
     (M, splits, H, R), S = partial.shape, q.shape[2] - partial.shape[3]
     common = {
-        "T": tokens, "H": H, "R": R, "S": S, "SPLITS": splits,
+        "T": tokens, "H": H, "R": R, "S": S,
         "BH": config.BH, "BR": padded(R), "BS": padded(S), "BL": config.BL, "STAGES": config.num_stages,
         "UPCAST": upcast, "LINES": padded(config.BL * (R + S) * q.element_size() // 128), "PDL": pdl,
         "num_warps": config.num_warps, **overlap_options(pdl),
     }  # fmt: skip
-    arguments = q, table, past, partial, partial_lse, scale * 1.4426950408889634
+    arguments = q, table, past, partial, partial_lse, scale * 1.4426950408889634, splits
     if config.BT == 1:
         decode_attend_kernel[(splits, M)](*arguments, **common)
         return

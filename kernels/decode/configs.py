@@ -75,6 +75,16 @@ def down_config(columns: int) -> GemvConfig:
     return _one_token_config(columns, 2, 1024, 4, 0)
 
 
+def packed_experts_configs(columns: int) -> tuple[GemvConfig, GemvConfig]:
+    """As `experts_config`, for packed weights: of the routed experts, and of the shared one."""
+    return _one_token_config(columns, 4, 256, 1, 2), experts_config(columns)
+
+
+def packed_down_config(columns: int, choices: int) -> GemvConfig:
+    """As `down_config`, for packed weights. UNROLL is in choices: all at once, so that their loads are on their way."""
+    return _one_token_config(columns, 2, 1024, 4, 0)._replace(UNROLL=choices)
+
+
 def _stages(gpu: str) -> int:
     # Blocks in flight: an AMD workgroup has 64 KiB of shared memory, a desktop GPU 99, sm_90 227.
     return {"gfx942": 2, "sm_80": 3}.get(gpu, 4)
@@ -118,5 +128,7 @@ __all__ = [
     "gemv_config",
     "grouped_configs",
     "latent_config",
+    "packed_down_config",
+    "packed_experts_configs",
     "skinny_config",
 ]

@@ -24,7 +24,13 @@ from ..gpu.sizes import padded
 from .attend import decode_attend, decode_share
 from .configs import SKINNY_TOKENS, LatentConfig
 from .linear import decode_prefetch_vector
-from .products import library_absorb, library_values
+from .products import (
+    LowRank,
+    library_absorb,
+    library_absorb_adapter,
+    library_values,
+    library_values_adapter,
+)
 
 try:
     import triton
@@ -78,10 +84,10 @@ def decode_absorb_kernel(
         tl.store(q + R + o_s, tl.load(p + K + o_s, mask=o_s < S, other=0.0), mask=o_s < S)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SPLITS"])
 def decode_join_kernel(
-    partial, partial_lse, past,
-    T: tl.constexpr, H: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr,
+    partial, partial_lse, past, SPLITS,
+    T: tl.constexpr, H: tl.constexpr, R: tl.constexpr,
     BP: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (token, head, tile of R): join the splits, into the first one's place."""
@@ -90,7 +96,7 @@ def decode_join_kernel(
         tl.extra.cuda.gdc_wait()
     i_n, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_r, o_p = tl.program_id(2) * BR + tl.arange(0, BR), tl.arange(0, BP)
-    total, share = decode_share(past, T, SPLITS, BL)
+    total, share = decode_share(past, SPLITS, T, BL)
     m_p = o_p * share < total
     o_part = (i_n * SPLITS + o_p) * H + i_h
     b_lse = tl.load(partial_lse + o_part, mask=m_p, other=float("-inf"))
@@ -100,10 +106,10 @@ def decode_join_kernel(
     tl.store(partial + (i_n * SPLITS * H + i_h) * R + o_r, b_c, mask=o_r < R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SPLITS"])
 def decode_value_kernel(
-    partial, kv_b, o,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr,
+    partial, kv_b, o, SPLITS,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
     BR: tl.constexpr, BV: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (token, head, tile of V): take the joined latent output to the head's values."""
@@ -135,6 +141,7 @@ def decode_latent_attention(
     shared: int,
     scale: float,
     config: LatentConfig,
+    adapter: LowRank | None = None,
     upcast: bool = False,
     pdl: bool = False,
 ) -> None:
@@ -152,6 +159,7 @@ def decode_latent_attention(
         shared: S, width of the shared key.
         scale: of the scores.
         config: for H heads over latents of R.
+        adapter: of kv_b, see `library_absorb_adapter`; or None.
         upcast: multiply bf16 as fp32 (for Triton's interpreter).
         pdl: launch programmatically dependent (see decode_linear), and prefetch to the L2 (both from sm_90 on).
     """
@@ -166,24 +174,28 @@ def decode_latent_attention(
     )  # fmt: skip
     if many:
         library_absorb(p, kv_b, q, K)
+    if adapter is not None:
+        library_absorb_adapter(p, adapter, q, K)
     decode_attend(
         q, table, past, partial, partial_lse, tokens=tokens, scale=scale, config=config, upcast=upcast, pdl=pdl
     )
     if splits > 1:  # one split is whole already
         decode_join_kernel[(M, H, triton.cdiv(R, 32))](
-            partial, partial_lse, past,
-            T=tokens, H=H, R=R, SPLITS=splits, BP=padded(splits), BR=32, BL=config.BL, PDL=pdl,
+            partial, partial_lse, past, splits,
+            T=tokens, H=H, R=R, BP=padded(splits), BR=32, BL=config.BL, PDL=pdl,
             num_warps=4, **overlap_options(pdl),
         )  # fmt: skip
     if many:
         latent = q[:, :, :R].copy_(partial[:, 0])  # the queries are done with; rounded, as the layers round it
         library_values(latent, kv_b, o)
-        return
-    BV = min(32, padded(V))
-    decode_value_kernel[(M, H, triton.cdiv(V, BV))](
-        partial, kv_b, o,
-        H=H, K=K, V=V, R=R, SPLITS=splits, BR=BR, BV=BV, PDL=pdl, num_warps=4, **overlap_options(pdl),
-    )  # fmt: skip
+    else:
+        BV = min(32, padded(V))
+        decode_value_kernel[(M, H, triton.cdiv(V, BV))](
+            partial, kv_b, o, splits,
+            H=H, K=K, V=V, R=R, BR=BR, BV=BV, PDL=pdl, num_warps=4, **overlap_options(pdl),
+        )  # fmt: skip
+    if adapter is not None:
+        library_values_adapter(partial[:, 0], adapter, o)
 
 
 __all__ = ["decode_absorb_kernel", "decode_join_kernel", "decode_latent_attention", "decode_value_kernel"]

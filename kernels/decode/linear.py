@@ -18,12 +18,29 @@ depend on no other launch, here those of the first columns of the weights, start
 the previous launch is complete. No program ends before it has waited, so all earlier launches are complete too.
 """
 
+from itertools import groupby
+
 import torch
 
 from ..gpu.arithmetic import rounded_dot, sigmoid
 from ..gpu.launching import overlap_options
 from ..gpu.sizes import padded
+from ..weights.handle import WeightHandle
+from ..weights.tiles import numbers_of, scales_of, tiles_of
 from .configs import GemvConfig, SkinnyConfig
+from .tiles import (
+    DENSE,
+    INT4,
+    row_scales,
+    tile_input,
+    tile_matrix,
+    tile_numbers,
+    tile_pointer,
+    tile_rows,
+    tile_scale_rows,
+    tile_scales,
+    tile_sums,
+)
 
 try:
     import triton
@@ -87,12 +104,6 @@ def decode_prefetch_vector(p_x, SIZE: tl.constexpr):
 
 
 @triton.jit
-def decode_block(p_w, o_k, m_n, COLUMNS: tl.constexpr):
-    """Columns `o_k` of the rows at `p_w`."""
-    return tl.load(p_w + o_k[None, :], mask=m_n[:, None] & (o_k < COLUMNS)[None, :], other=0.0)
-
-
-@triton.jit
 def decode_input(x, norm_weight, o_k, COLUMNS: tl.constexpr, HAS_NORM: tl.constexpr, GATED: tl.constexpr):
     """
     Columns `o_k` of x̂ without the norm's factor, and their squares, fp32.
@@ -111,24 +122,13 @@ def decode_input(x, norm_weight, o_k, COLUMNS: tl.constexpr, HAS_NORM: tl.conste
 
 
 @triton.jit
-def decode_products(b_w, b_x):
-    """
-    Weights [BN, BK] times BK columns of x, the products of each 16 bytes summed: [BN, BK / (8 or 4)].
-
-    Those are one thread's: an eighth of the registers for sums leaves the others to weights on their way.
-    """
-    VECTOR: tl.constexpr = 128 // b_w.dtype.primitive_bitwidth
-    b_p = tl.reshape(b_w.to(tl.float32) * b_x[None, :], [b_w.shape[0], b_w.shape[1] // VECTOR, VECTOR])
-    return tl.sum(b_p, axis=2)
-
-
-@triton.jit
 def decode_gemv_kernel(
-    x, norm_weight, residual, y, w0, w1, w2, w3, w4, w5, eps,
+    x, norm_weight, residual, y, w0, w1, w2, w3, w4, w5, s0, s1, s2, s3, s4, s5, eps,
     M0: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr, M3: tl.constexpr, M4: tl.constexpr, M5: tl.constexpr,
     X0: tl.constexpr, X1: tl.constexpr, X2: tl.constexpr, X3: tl.constexpr, X4: tl.constexpr, X5: tl.constexpr,
     COLUMNS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr,
-    HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+    FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token: see the module docstring. Four blocks of columns go ahead, the others UNROLL at a time."""
     if PDL:
@@ -138,12 +138,22 @@ def decode_gemv_kernel(
     )
     o_n = i_row + tl.arange(0, BN)
     m_n = o_n < n_rows
-    p_w = w + o_n.to(tl.int64)[:, None] * COLUMNS
+    p_w = tile_rows(tile_pointer(w, COLUMNS, FORMAT), o_n, COLUMNS, FORMAT)
     o_k = tl.arange(0, BK)
-    b_w0 = decode_block(p_w, o_k, m_n, COLUMNS)
-    b_w1 = decode_block(p_w, o_k + BK, m_n, COLUMNS)
-    b_w2 = decode_block(p_w, o_k + 2 * BK, m_n, COLUMNS)
-    b_w3 = decode_block(p_w, o_k + 3 * BK, m_n, COLUMNS)
+    b_w0 = tile_numbers(p_w, 0, m_n, COLUMNS, BK, FORMAT)
+    b_w1 = tile_numbers(p_w, BK, m_n, COLUMNS, BK, FORMAT)
+    b_w2 = tile_numbers(p_w, 2 * BK, m_n, COLUMNS, BK, FORMAT)
+    b_w3 = tile_numbers(p_w, 3 * BK, m_n, COLUMNS, BK, FORMAT)
+    p_s = p_w
+    if FORMAT != DENSE:
+        s, _, _, _, _ = decode_segment(
+            tl.program_id(0), s0, s1, s2, s3, s4, s5, M0, M1, M2, M3, M4, M5, X0, X1, X2, X3, X4, X5, BN
+        )
+        p_s = tile_scale_rows(s, o_n, COLUMNS, SCALE_ROWS, SCALE_COLUMNS)
+    b_s0 = tile_scales(p_s, 0, m_n, COLUMNS, BK, SCALE_COLUMNS, FORMAT)
+    b_s1 = tile_scales(p_s, BK, m_n, COLUMNS, BK, SCALE_COLUMNS, FORMAT)
+    b_s2 = tile_scales(p_s, 2 * BK, m_n, COLUMNS, BK, SCALE_COLUMNS, FORMAT)
+    b_s3 = tile_scales(p_s, 3 * BK, m_n, COLUMNS, BK, SCALE_COLUMNS, FORMAT)
     if PDL:
         if HAS_NORM:
             if tl.program_id(0) < 8:
@@ -155,23 +165,26 @@ def decode_gemv_kernel(
         b_out = tl.zeros([BN], tl.float32)
     x += x_col
     b_x, b_ss = decode_input(x, norm_weight, o_k, COLUMNS, HAS_NORM, GATED)
-    b_y = decode_products(b_w0, b_x)
+    b_y = tile_sums(b_w0, b_s0, tile_input(b_x, FORMAT), FORMAT)
     b_x, b_xx = decode_input(x, norm_weight, o_k + BK, COLUMNS, HAS_NORM, GATED)
-    b_y += decode_products(b_w1, b_x)
+    b_y += tile_sums(b_w1, b_s1, tile_input(b_x, FORMAT), FORMAT)
     b_ss += b_xx
     b_x, b_xx = decode_input(x, norm_weight, o_k + 2 * BK, COLUMNS, HAS_NORM, GATED)
-    b_y += decode_products(b_w2, b_x)
+    b_y += tile_sums(b_w2, b_s2, tile_input(b_x, FORMAT), FORMAT)
     b_ss += b_xx
     b_x, b_xx = decode_input(x, norm_weight, o_k + 3 * BK, COLUMNS, HAS_NORM, GATED)
-    b_y += decode_products(b_w3, b_x)
+    b_y += tile_sums(b_w3, b_s3, tile_input(b_x, FORMAT), FORMAT)
     b_ss += b_xx
     for i_k in range(4 * BK, COLUMNS, BK * UNROLL):
         for u in tl.static_range(UNROLL):
-            b_w = decode_block(p_w, i_k + u * BK + o_k, m_n, COLUMNS)
+            b_w = tile_numbers(p_w, i_k + u * BK, m_n, COLUMNS, BK, FORMAT)
+            b_s = tile_scales(p_s, i_k + u * BK, m_n, COLUMNS, BK, SCALE_COLUMNS, FORMAT)
             b_x, b_xx = decode_input(x, norm_weight, i_k + u * BK + o_k, COLUMNS, HAS_NORM, GATED)
-            b_y += decode_products(b_w, b_x)
+            b_y += tile_sums(b_w, b_s, tile_input(b_x, FORMAT), FORMAT)
             b_ss += b_xx
     b_sum = tl.sum(b_y, axis=1)
+    if FORMAT != DENSE:
+        b_sum *= row_scales(p_s, m_n, COLUMNS, SCALE_COLUMNS, FORMAT)
     if HAS_NORM:
         b_sum *= tl.rsqrt(tl.sum(b_ss, axis=0) / COLUMNS + eps)
     b_out += b_sum
@@ -207,11 +220,12 @@ def decode_gate_kernel(x, stride_x, COLUMNS: tl.constexpr, BK: tl.constexpr, PDL
 
 @triton.jit(do_not_specialize=["M"])
 def decode_skinny_kernel(
-    x, residual, y, w0, w1, w2, w3, w4, w5, M, stride_x, stride_y,
+    x, residual, y, w0, w1, w2, w3, w4, w5, s0, s1, s2, s3, s4, s5, M, stride_x, stride_y,
     M0: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr, M3: tl.constexpr, M4: tl.constexpr, M5: tl.constexpr,
     X0: tl.constexpr, X1: tl.constexpr, X2: tl.constexpr, X3: tl.constexpr, X4: tl.constexpr, X5: tl.constexpr,
     COLUMNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, UPCAST: tl.constexpr,
+    FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """M tokens, rows of x and y: see the module docstring. x is normed already."""
     if PDL:
@@ -222,15 +236,22 @@ def decode_skinny_kernel(
     o_n = i_row + tl.arange(0, BN)
     o_m = tl.program_id(1) * BM + tl.arange(0, BM)
     m_n, m_m = o_n < n_rows, o_m < M
-    p_w = w + o_n.to(tl.int64)[:, None] * COLUMNS
+    DTYPE: tl.constexpr = w.dtype.element_ty if FORMAT == DENSE else x.dtype.element_ty
+    p_w = tile_rows(w, o_n, COLUMNS, FORMAT)
+    p_s = p_w
+    if FORMAT != DENSE:
+        s, _, _, _, _ = decode_segment(
+            tl.program_id(0), s0, s1, s2, s3, s4, s5, M0, M1, M2, M3, M4, M5, X0, X1, X2, X3, X4, X5, BN
+        )
+        p_s = tile_scale_rows(s, o_n, COLUMNS, SCALE_ROWS, SCALE_COLUMNS)
     if PDL:
         # Loads of the loop can't go ahead of the wait; their first lines can go to the L2.
+        WIDTH: tl.constexpr = (COLUMNS + 7) // 8 if FORMAT == INT4 else COLUMNS
         LINE: tl.constexpr = 128 * 8 // w.dtype.element_ty.primitive_bitwidth
-        LAST: tl.constexpr = COLUMNS - LINE if COLUMNS > LINE else 0
-        o_line = tl.minimum(tl.arange(0, 4 * BK // LINE) * LINE, LAST)
-        decode_prefetch(
-            (w + tl.minimum(o_n, n_rows - 1).to(tl.int64)[:, None] * COLUMNS + o_line[None, :]).to(tl.int64)
-        )
+        LAST: tl.constexpr = WIDTH - LINE if WIDTH > LINE else 0
+        AHEAD: tl.constexpr = triton.next_power_of_2((4 * BK * WIDTH // COLUMNS + LINE - 1) // LINE)
+        o_line = tl.minimum(tl.arange(0, AHEAD) * LINE, LAST)
+        decode_prefetch((w + tl.minimum(o_n, n_rows - 1).to(tl.int64)[:, None] * WIDTH + o_line[None, :]).to(tl.int64))
         tl.extra.cuda.gdc_wait()
     p_x = x + o_m.to(tl.int64)[:, None] * stride_x + x_col
     b_y = tl.zeros([BM, BN], tl.float32)
@@ -238,9 +259,14 @@ def decode_skinny_kernel(
         o_k = i_k + tl.arange(0, BK)
         m_k = o_k < COLUMNS
         m_x = m_m[:, None] & m_k[None, :]
-        b_w = tl.load(p_w + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)
+        if FORMAT == DENSE:
+            b_w = tl.load(p_w + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)
+        else:
+            b_w = tile_matrix(p_w, p_s, i_k, m_n, COLUMNS, BK, FORMAT, SCALE_COLUMNS, DTYPE)
         b_x = tl.load(p_x + o_k[None, :], mask=m_x, other=0.0)
-        b_y = rounded_dot(b_x, tl.trans(b_w), b_y, w.dtype.element_ty, "ieee", UPCAST)
+        b_y = rounded_dot(b_x, tl.trans(b_w), b_y, DTYPE, "ieee", UPCAST)
+    if FORMAT != DENSE:
+        b_y *= row_scales(p_s, m_n, COLUMNS, SCALE_COLUMNS, FORMAT)[None, :]
     o_y = o_m.to(tl.int64)[:, None] * stride_y + (y_col + o_n)[None, :]
     m_y = m_m[:, None] & m_n[None, :]
     if HAS_RESIDUAL:
@@ -250,7 +276,7 @@ def decode_skinny_kernel(
 
 def decode_linear(
     x: torch.Tensor,
-    weights: list[torch.Tensor],
+    weights: list[torch.Tensor | WeightHandle],
     y: torch.Tensor,
     config: GemvConfig | SkinnyConfig,
     *,
@@ -260,14 +286,15 @@ def decode_linear(
     gated: bool = False,
     x_columns: tuple[int, ...] | None = None,
     upcast: bool = False,
+    gpu: str = "sm_90",
     pdl: bool = False,
 ) -> None:
     """
-    Write y [M, sum of O_s] (see the module docstring).
+    Write y [M, sum of O_s] (see the module docstring): one launch for each run of weights of one format.
 
     Args:
         x: [M, at least COLUMNS], rows dense; COLUMNS of them are read, twice as many if `gated`.
-        weights: one to six contiguous [O_s, COLUMNS].
+        weights: one to six [O_s, COLUMNS], contiguous, or packed in a format that has tiles (weights/tiles.py).
         y: [M, sum of O_s], rows dense.
         config: a GemvConfig where M is 1, else a SkinnyConfig.
         norm_weight: [COLUMNS] of an RMSNorm of x, with its `eps`; or None. One token only.
@@ -275,29 +302,42 @@ def decode_linear(
         gated: whether x holds gate and up activations. One token only.
         x_columns: first column of x for each weight; 0 for all if None.
         upcast: multiply bf16 as fp32 (for Triton's interpreter).
+        gpu: class of the GPU, which says how packed weights are read.
         pdl: launch programmatically dependent (see the module docstring).
     """
-    COLUMNS, missing = weights[0].shape[1], MAX_WEIGHTS - len(weights)
-    sizes = [w.shape[0] for w in weights]
-    tiles = sum(triton.cdiv(size, config.BN) for size in sizes)
-    common = {f"M{i}": size for i, size in enumerate(sizes + [0] * missing)}
-    common |= {f"X{i}": column for i, column in enumerate([*(x_columns or [0] * len(weights)), *[0] * missing])}
-    common |= {"COLUMNS": COLUMNS, "HAS_RESIDUAL": residual is not None, "PDL": pdl, **overlap_options(pdl)}
-    weights = [*weights, *[weights[0]] * missing]
-    if isinstance(config, GemvConfig):
-        decode_gemv_kernel[(tiles,)](
-            x, norm_weight, residual, y, *weights, eps, **common, HAS_NORM=norm_weight is not None, GATED=gated,
-            BN=config.BN, BK=config.BK, UNROLL=config.UNROLL, num_warps=config.num_warps,
-        )  # fmt: skip
-        return
-    if norm_weight is not None or gated:
+    if isinstance(config, SkinnyConfig) and (norm_weight is not None or gated):
         raise ValueError("a norm or a gate in front is part of the one-token kernel only; norm or gate x beforehand")
-    M = x.shape[0]
-    decode_skinny_kernel[(tiles, triton.cdiv(M, config.BM))](
-        x, residual, y, *weights, M, x.stride(0), y.stride(0), **common,
-        BM=config.BM, BN=config.BN, BK=config.BK, STAGES=config.num_stages, UPCAST=upcast,
-        num_warps=config.num_warps,
-    )  # fmt: skip
+    begin = 0
+    columns = x_columns or (0,) * len(weights)
+    for tiles, run in groupby(zip(weights, columns), key=lambda pair: tiles_of(pair[0], gpu)):
+        held, first = zip(*run)
+        end = begin + sum(weight.shape[0] for weight in held)
+        part = None if residual is None else residual[:, begin:end]
+        common = {**_launch_sizes(held, first), **tiles._asdict(), **overlap_options(pdl)}
+        common |= {"HAS_RESIDUAL": part is not None, "BN": config.BN, "BK": config.BK, "PDL": pdl}
+        spare = (held[0],) * (MAX_WEIGHTS - len(held))
+        numbers = [numbers_of(weight, tiles) for weight in held + spare]
+        scales = [scales_of(weight) for weight in held + spare]
+        count = sum(triton.cdiv(weight.shape[0], config.BN) for weight in held)
+        if isinstance(config, GemvConfig):
+            decode_gemv_kernel[(count,)](
+                x, norm_weight, part, y[:, begin:end], *numbers, *scales, eps, **common,
+                HAS_NORM=norm_weight is not None, GATED=gated, UNROLL=config.UNROLL, num_warps=config.num_warps,
+            )  # fmt: skip
+        else:
+            decode_skinny_kernel[(count, triton.cdiv(x.shape[0], config.BM))](
+                x, part, y[:, begin:end], *numbers, *scales, x.shape[0], x.stride(0), y.stride(0), **common,
+                BM=config.BM, STAGES=config.num_stages, UPCAST=upcast, num_warps=config.num_warps,
+            )  # fmt: skip
+        begin = end
+
+
+def _launch_sizes(weights: tuple[torch.Tensor | WeightHandle, ...], first: tuple[int, ...]) -> dict[str, int]:
+    """Compile-time sizes: rows of the weights, first columns of x for each, columns."""
+    missing = [0] * (MAX_WEIGHTS - len(weights))
+    sizes = {f"M{i}": size for i, size in enumerate([*(weight.shape[0] for weight in weights), *missing])}
+    sizes |= {f"X{i}": column for i, column in enumerate([*first, *missing])}
+    return {**sizes, "COLUMNS": weights[0].shape[1]}
 
 
 def decode_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, y: torch.Tensor, pdl: bool = False) -> None:

@@ -1,10 +1,9 @@
 """A weight as a handle: data, scales, zero points, format, shape. Launchers ask it for numbers, never for a tensor.
 
-There are no kernels for packed weights yet: `dequantize` is the exact slow path, on any device.
+`tiles.py` says which formats kernels read; `dequantize` is the exact slow path for all of them, on any device.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,35 +96,4 @@ def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     return ((numbers & (2**bits - 1)) - 2 ** (bits - 1)).int()
 
 
-def packed_linear(x: torch.Tensor, weight: WeightHandle) -> torch.Tensor:
-    """x @ weight^T in the dtype of `x` (of autocast, where that is on). Gradients reach x, not the weight.
-
-    Args:
-        x: [..., columns].
-        weight: [rows, columns].
-
-    Returns:
-        [..., rows].
-    """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    x = x.to(dtype)
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _PackedLinear.apply(x, weight)
-    return F.linear(x, weight.dequantize(dtype))
-
-
-class _PackedLinear(torch.autograd.Function):
-    """Keeps the packed weight for the backward, which dequantises it again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: WeightHandle) -> torch.Tensor:
-        ctx.weight = weight
-        return F.linear(x, weight.dequantize(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return torch.matmul(grad, ctx.weight.dequantize(grad.dtype)), None
-
-
-__all__ = ["WeightHandle", "packed_linear", "unpack_words"]
+__all__ = ["WeightHandle", "unpack_words"]

@@ -12,7 +12,10 @@ import torch
 from torch import nn
 
 from ...kernels.weights.formats import Allowed, WeightFormat
-from ...kernels.weights.handle import WeightHandle, packed_linear
+from ...kernels.weights.handle import WeightHandle
+from ...kernels.weights.linear import packed_linear
+from ...kernels.weights.tiles import PackedStack
+from ..plain_modules import reads_packed
 from .packed_state_dict import read_released_tensors
 
 try:
@@ -105,6 +108,7 @@ _METADATA = (
 )
 
 
+@reads_packed
 class KimiPackedLinear(nn.Linear, _PackedTensors, InternalModule):
     """A linear layer without bias whose weight is packed, under the names it has on disk but for `weight_packed`.
 
@@ -165,6 +169,7 @@ class KimiPackedLinear(nn.Linear, _PackedTensors, InternalModule):
         return f"{self.in_features}, {self.out_features}, {self.format.name}"
 
 
+@reads_packed
 class KimiPackedExperts(_PackedTensors, InternalModule):
     """Routed experts, stacked as in `KimiExperts`, with packed weights.
 
@@ -231,6 +236,12 @@ class KimiPackedExperts(_PackedTensors, InternalModule):
         else:
             stacked = (self.num_experts, count, *shape)
         self._hold(place.attribute, torch.zeros(stacked, dtype=dtype, device=device))
+
+    def stack(self, projection: str) -> PackedStack:
+        """One projection of all experts, for kernels that choose experts themselves."""
+        format = self.formats[projection]
+        scale = getattr(self, f"{projection}_{format.scale_name}")
+        return PackedStack(format, getattr(self, f"{projection}_packed"), scale)
 
     def handle(self, projection: str, expert: int, index: int = 0) -> WeightHandle:
         """One weight of one expert, for whoever computes with it."""

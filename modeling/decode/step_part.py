@@ -1,5 +1,6 @@
 """One device's part of a decode step: its launches as a CUDA graph, and what the graph is told before each run."""
 
+import weakref
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from ...kernels.gpu.compile_threads import run_in_threads
 from ..cache.kimi_linear_cache import KDACacheLayer, KimiLinearCache
 from ..placement import LayerSpan
 from .plan import StepPlan
+
+_idle_streams: dict[torch.device, list[Any]] = {}  # streams whose graphs are gone
 
 
 class StepPart:
@@ -56,7 +59,7 @@ class StepPart:
             plan.past.zero_()
             torch.cuda.synchronize()
             self._graph = torch.cuda.CUDAGraph()
-            stream = torch.cuda.Stream(self.device)  # PyTorch's own capture stream stays on the first GPU that had one
+            stream = _capture_stream(self, self.device)
             with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
                 plan.launch()
             self._done = torch.cuda.Event()
@@ -147,6 +150,22 @@ class StepPart:
     def has_run(self, past: int) -> bool:
         """Whether a run over `past` positions, -1 for none, came to its end, where tokens are counted on the device."""
         return past >= 0 and int(self.plan.past) == past + self.plan.tokens
+
+
+def _capture_stream(part: StepPart, device: torch.device) -> Any:
+    """A stream to capture in, which belongs to `part` as long as that lives.
+
+    cuBLAS keeps a workspace (32 MiB on Hopper) for each stream, and graphs captured in one share it: two that run at
+    the same time must not. A new stream for each graph would leave a workspace behind with each graph that is dropped.
+    PyTorch's own capture stream stays on the first GPU that had one.
+    """
+    idle = _idle_streams.setdefault(device, [])
+    try:
+        stream = idle.pop()
+    except IndexError:
+        stream = torch.cuda.Stream(device)
+    weakref.finalize(part, idle.append, stream).atexit = False
+    return stream
 
 
 __all__ = ["StepPart"]

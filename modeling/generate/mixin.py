@@ -49,6 +49,22 @@ class KimiGenerationMixin(GenerationMixin):
         reason = self._prompts.reason(self)
         return ways_of_prompts() if reason is None else f"layer by layer: {reason}"
 
+    def free_generation_memory(self) -> None:
+        """Give back all that generation holds between two texts, as before a training step.
+
+        Those are captured steps and prompts with their graphs and buffers, and what PyTorch keeps of freed memory. The
+        next text captures its step anew (some tenths of a second once kernels are compiled). Caches belong to whoever
+        holds them: those that `generate()` made are gone with its result. cuBLAS keeps its workspaces (32 MiB on
+        Hopper).
+        """
+        devices = {x.device for x in self.parameters() if x.device.type == "cuda"}
+        for device in devices:
+            torch.cuda.synchronize(device)  # graphs may still run
+        self._decode.free()
+        self._prompts.clear()
+        if devices:
+            torch.cuda.empty_cache()
+
     def _reason_for_library_loop(self) -> str | None:
         """What our loop around steps would pass over, in words that follow "the model"; or None."""
         what = hanging_on_root(self, self.dtype)

@@ -12,8 +12,10 @@ from ...configuration.configuration_kimi_linear import KimiLinearConfig
 from ...kernels.gpu.availability import fused_path_serves
 from ...kernels.prompt.expert_rows import route_fwd, silu_mul_fwd
 from ...kernels.prompt.grouped_experts import grouped_experts, grouped_experts_serve
+from ...kernels.prompt.quantised_experts import quantised_experts, quantised_experts_serve
 from ..checkpoint.expert_rows import expect_filled, read_released_experts
-from ..plain_modules import Noticing, reads_weights, weights_are_plain
+from ..checkpoint.packed_modules import KimiPackedExperts
+from ..plain_modules import Noticing, hanging, reads_weights, weights_are_plain
 from .fp32_parameters import keeping_fp32
 
 
@@ -236,6 +238,10 @@ class KimiSparseMoeBlock(Noticing):
             shared = None if self.shared_experts is None else self.shared_experts(tokens)
             parameters = self.experts.gate_up_proj, self.experts.down_proj
             return grouped_experts(tokens, experts, weights, *parameters, shared).view(hidden_states.shape)
+        if self._takes_packed(tokens):
+            shared = None if self.shared_experts is None else self.shared_experts(tokens)
+            stacks = self.experts.stack("gate_up_proj"), self.experts.stack("down_proj")
+            return quantised_experts(tokens, experts, weights, *stacks, shared).view(hidden_states.shape)
         output = self.experts(tokens, experts, weights).view(hidden_states.shape)
         return output if self.shared_experts is None else output + self.shared_experts(hidden_states)
 
@@ -250,6 +256,12 @@ class KimiSparseMoeBlock(Noticing):
         if getattr(experts, "_is_expert_parallel", False):
             return False
         return grouped_experts_serve(tokens, experts.gate_up_proj, experts.down_proj)
+
+    def _takes_packed(self, tokens: torch.Tensor) -> bool:
+        """The same for packed experts, on which nothing hangs."""
+        if not isinstance(self.experts, KimiPackedExperts) or hanging(self.experts) is not None:
+            return False
+        return quantised_experts_serve(tokens, self.experts.stack("gate_up_proj"), self.experts.stack("down_proj"))
 
 
 __all__ = ["KimiExperts", "KimiMLP", "KimiSparseMoeBlock", "KimiTopkRouter"]

@@ -9,15 +9,19 @@ import torch
 
 pytest.importorskip("triton")
 
-from offline_compile import SHARED_LIMIT, TARGETS, compiling, resources
+from offline_compile import DESKTOP_SHARED, DESKTOPS, SHARED_LIMIT, TARGETS, compiling, resources
+from packed_weights import COMPRESSED
 from tiny_checkpoints import RELEASED_CONFIG
 
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.kernels.decode import attend as decode_attend
+from kimi_linear.kernels.decode import dequantize as decode_dequantize
 from kimi_linear.kernels.decode import experts as decode_experts
 from kimi_linear.kernels.decode import grouped_experts as decode_grouped_experts
 from kimi_linear.kernels.decode import latent as decode_latent
 from kimi_linear.kernels.decode import linear as decode_linear
+from kimi_linear.kernels.decode import packed_experts as decode_packed_experts
+from kimi_linear.kernels.decode import packed_grouped as decode_packed_grouped
 from kimi_linear.kernels.decode import routing as decode_routing
 from kimi_linear.kernels.kda import step as kda_step
 from kimi_linear.modeling.decode.step import DecodeStep
@@ -82,3 +86,75 @@ def test_step_compiles_and_fits(gpu, batch, tokens, model, monkeypatch):
                 assert len(re.findall(r"ld\.global[.\w:]*\.v4", kernel.asm["ptx"])) >= 4, name
             if "skinny" in name or "grouped" in name or "attend" in name:
                 assert "mma" in kernel.asm["ptx"], name
+
+
+def test_numbers_of_rows_share_their_kernels(model, monkeypatch):
+    """Sizes are arguments: within the same block sizes another number of rows compiles nothing."""
+    kernels = []
+    for batch, splits in ((40, 3), (47, 2)):
+        step = DecodeStep(model, batch, 1)
+        plan = step.plan
+        plan._gpu, plan._pdl = "sm_90", True
+        plan.partial = plan.partial.new_empty(batch, splits, *plan.partial.shape[2:])
+        with compiling(KERNELS, TARGETS["sm_90"], monkeypatch) as compiled:
+            step.plan.launch()
+        kernels.append({kernel.hash for _, kernel in compiled})
+    assert kernels[0] == kernels[1]
+
+
+PACKED_KERNELS = [
+    decode_packed_experts.decode_packed_up_kernel, decode_packed_experts.decode_packed_down_kernel,
+    decode_packed_grouped.decode_packed_grouped_up_kernel, decode_packed_grouped.decode_packed_grouped_down_kernel,
+    decode_dequantize.decode_dequantize_kernel,
+]  # fmt: skip
+_MIXED, _BLOCKS = "int4 experts, E4M3 by row", "E4M3 in blocks"
+_FP8_BLOCKS = {**COMPRESSED["fp8 block"]["weights"], "block_structure": [128, 128]}
+_PACKED = {
+    _MIXED: {r"re:.*\.experts\..*": COMPRESSED["w4a16 g32"], "Linear": COMPRESSED["fp8 channel"]},
+    _BLOCKS: {"Linear": {**COMPRESSED["fp8 block"], "weights": _FP8_BLOCKS}},
+}
+
+
+def packed_layer(formats):
+    """A model of one layer with MLA and experts at the released shape, packed, without memory."""
+    groups = {
+        f"group_{i}": {**group, "targets": [target]} for i, (target, group) in enumerate(_PACKED[formats].items())
+    }
+    fields = {"quant_method": "compressed-tensors", "config_groups": groups, "format": "mixed-precision"}
+    fields["ignore"] = ["lm_head", r"re:.*\.gate$"]
+    layers = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "quantization_config": fields}
+    layers["linear_attn_config"] = {**RELEASED_CONFIG["linear_attn_config"], "kda_layers": [], "full_attn_layers": [1]}
+    with torch.device("meta"):
+        return KimiLinearForCausalLM(KimiLinearConfig.from_dict({**RELEASED_CONFIG, **layers})).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "batch", "formats"),
+    [
+        ("sm_90", 1, _MIXED), ("sm_90", 64, _MIXED), ("sm_100", 1, _BLOCKS), ("sm_86", 64, _BLOCKS),
+        ("sm_89", 1, _MIXED), ("sm_120", 64, _MIXED), ("gfx942", 1, _MIXED),
+    ],
+)  # fmt: skip
+def test_step_over_packed_weights_compiles_and_fits(gpu, batch, formats, monkeypatch):
+    """No barrier hands inputs around among the threads of one token's products, but for the last sums."""
+    target, model = {**TARGETS, **DESKTOPS}[gpu], packed_layer(formats)
+    step = DecodeStep(model, batch, 1)
+    step.plan._gpu = "sm_80" if gpu in DESKTOPS else gpu
+    step.plan._pdl = gpu in ("sm_90", "sm_100")
+    with compiling([*KERNELS, *PACKED_KERNELS], target, monkeypatch) as compiled:
+        layer, plan = model.model.layers[0], step.plan
+        plan._linear(plan.x, [layer.self_attn.q_proj], plan.p[:, : 32 * 192], layer.input_layernorm)
+        plan._kv_b(layer.self_attn)
+        plan._launch_mlp(layer)
+    one = {"decode_packed_up_kernel", "decode_packed_down_kernel", "decode_gemv_kernel", "decode_dequantize_kernel"}
+    several = {"decode_packed_grouped_up_kernel", "decode_packed_grouped_down_kernel", "decode_skinny_kernel"}
+    assert (one if batch == 1 else several) <= {name for name, _ in compiled}
+    for name, kernel in {kernel.hash: (name, kernel) for name, kernel in compiled if name in one | several}.values():
+        registers, spilled = resources(kernel, target.backend)
+        shared = kernel.metadata.shared
+        print(f"{gpu:7} batch {batch:2} {name:34} registers {registers:3} spilled {spilled:4} shared {shared:6}")
+        limit = DESKTOP_SHARED if gpu in DESKTOPS or gpu == "sm_80" else SHARED_LIMIT[gpu]
+        assert shared <= limit and spilled <= 128, (name, shared, spilled)
+        if gpu == "sm_90" and name in one - {"decode_dequantize_kernel"}:
+            sums = 7 if kernel.metadata.num_warps > 1 else 0
+            assert kernel.asm["ptx"].count("bar.sync") <= sums, name

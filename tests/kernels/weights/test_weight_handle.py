@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from packed_weights import LAYOUTS, format_of, random_weight
 
-from kimi_linear.kernels.weights.handle import WeightHandle, packed_linear
+from kimi_linear.kernels.weights.handle import WeightHandle
+from kimi_linear.kernels.weights.linear import packed_linear
 from kimi_linear.kernels.weights.packing import pack_weight
 from kimi_linear.kernels.weights.reference import dequantize_reference
 

@@ -15,13 +15,19 @@ from failures import Injected, Stops, raises_at, rule_raises_at
 from test_decode_step_interpreted import close, few_programs, make_model, model, stepping  # noqa: F401
 
 from kimi_linear.modeling.cache.kimi_linear_cache import KimiLinearCache
+from kimi_linear.modeling.decode import expert_launches
 from kimi_linear.modeling.decode import loop as decode_loop
 from kimi_linear.modeling.decode import path as decode_path
 from kimi_linear.modeling.decode import plan as decode_plan
 from kimi_linear.modeling.decode.step import DecodeStep
 
 IDS = torch.tensor([[3, 14, 15, 92, 65, 35, 89, 79, 32]])
-LAUNCHES = [name for name in vars(decode_plan) if name.startswith(("decode_", "kda_step"))]
+LAUNCHES = [
+    (module, name)
+    for module in (decode_plan, expert_launches)
+    for name in vars(module)
+    if name.startswith(("decode_", "kda_step"))
+]
 
 
 def fill(model, recording):
@@ -56,8 +62,8 @@ def failing_launches(patch, at):
 
         return counted
 
-    for name in LAUNCHES:
-        patch.setattr(decode_plan, name, wrapped(getattr(decode_plan, name)))
+    for module, name in LAUNCHES:
+        patch.setattr(module, name, wrapped(getattr(module, name)))
     return tried
 
 
