@@ -81,8 +81,8 @@ def packed_experts_configs(columns: int) -> tuple[GemvConfig, GemvConfig]:
 
 
 def packed_down_config(columns: int, choices: int) -> GemvConfig:
-    """As `down_config`, for packed weights. UNROLL is in choices: all at once, so that their loads are on their way."""
-    return _one_token_config(columns, 2, 1024, 4, 0)._replace(UNROLL=choices)
+    """As `down_config`, for packed weights. UNROLL is in choices, of which four are on their way (decode_notes.md)."""
+    return _one_token_config(columns, 2, 1024, 4, 0)._replace(UNROLL=next(n for n in (4, 3, 2, 1) if choices % n == 0))
 
 
 def _stages(gpu: str) -> int:
