@@ -13,6 +13,8 @@ from ...kernels.gpu.availability import fused_path_serves
 from ...kernels.prompt.expert_rows import route_fwd, silu_mul_fwd
 from ...kernels.prompt.grouped_experts import grouped_experts, grouped_experts_serve
 from ..checkpoint.expert_rows import expect_filled, read_released_experts
+from ..checkpoint.packed_adapters import adapters_over_packed
+from ..checkpoint.packed_modules import KimiPackedExperts
 from ..plain_modules import Noticing, reads_weights, weights_are_plain
 from .fp32_parameters import keeping_fp32
 
@@ -236,7 +238,9 @@ class KimiSparseMoeBlock(Noticing):
             shared = None if self.shared_experts is None else self.shared_experts(tokens)
             parameters = self.experts.gate_up_proj, self.experts.down_proj
             return grouped_experts(tokens, experts, weights, *parameters, shared).view(hidden_states.shape)
-        output = self.experts(tokens, experts, weights).view(hidden_states.shape)
+        adapted = adapters_over_packed(self.experts, KimiPackedExperts)
+        routed, adapters = (self.experts, ()) if adapted is None else (adapted[0], adapted[1:])
+        output = routed(tokens, experts, weights, *adapters).view(hidden_states.shape)
         return output if self.shared_experts is None else output + self.shared_experts(hidden_states)
 
     def _takes_grouped(self, tokens: torch.Tensor) -> bool:
