@@ -1,8 +1,8 @@
 """What `quantize` makes of each layer: a recipe is a `quantization_config`, and the config says which layers it means.
 
 The same fields go into config.json and decide here (`Schemes`), so that the file never holds what its config doesn't
-say. Targets and ignore are patterns that compressed-tensors, vLLM and SGLang read as we do. Experts are matched by
-everything below `experts.`: vLLM asks for `experts.0.gate_proj`, which no checkpoint holds, and not for `experts.0.w1`.
+say. Targets and ignore are patterns that compressed-tensors, vLLM and SGLang read as we do. Experts are matched by all
+that is below `experts.N.`: vLLM asks for `experts.0.gate_proj`, which no checkpoint holds, and not for `experts.0.w1`.
 """
 
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ try:
 except ImportError:
     library_version, pack_to_int32, QuantizationConfig = None, None, None
 
-EXPERTS = r"re:.*\.block_sparse_moe\.experts\..*"
+EXPERTS = r"re:.*\.block_sparse_moe\.experts\.\d+\..*"
 # Small, and read by every token (gates), or folded into what the cache keeps for ever (the latent's projections): all
-# of them are 0.3% of the released weights.
+# of them are 0.2% of the released weights.
 KEPT = (
     "lm_head",
     r"re:.*\.block_sparse_moe\.gate$",

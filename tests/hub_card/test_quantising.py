@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -119,6 +120,29 @@ def test_other_dtypes_and_blocks_of_rows_change_nothing(monkeypatch, recipe, dty
         assert torch.equal(tensor.view(torch.uint8), by_rows.tensors[name].view(torch.uint8))
     assert whole.tensors["scale"].dtype == dtype
     assert torch.equal(whole.squares, by_rows.squares)
+
+
+# ---- recipes and figures
+
+
+def test_patterns_mean_what_engines_ask_for():
+    """vLLM asks for experts by projections that no file holds; no pattern may reach a module without weights."""
+    schemes = Schemes(quantization_config(RECIPES["w4a16-fp8"]))
+    for leaf in ("w1", "gate_proj", "up_proj", "down_proj"):
+        assert schemes.format_of(f"{EXPERT.removesuffix('w1')}{leaf}").bits == 4
+    # compressed-tensors before 0.20 raises for a name that matches and is no linear layer.
+    assert not re.match(recipes.EXPERTS.removeprefix("re:"), "model.layers.1.block_sparse_moe.experts.act_fn")
+    assert schemes.format_of("model.layers.1.block_sparse_moe.shared_experts.gate_up_proj").storage == "fp8"
+
+
+def test_divergence_is_that_of_the_distributions():
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(700, 11, generator=generator).log_softmax(-1) for _ in range(2))
+    kl, agreement = measure.divergence(measure.Reading(first, 0, ""), measure.Reading(second, 0, ""))
+    expected = torch.nn.functional.kl_div(second.double(), first.double(), reduction="batchmean", log_target=True)
+    assert kl == pytest.approx(expected.item(), rel=1e-5)
+    assert agreement == pytest.approx((first.argmax(-1) == second.argmax(-1)).double().mean().item())
+    assert measure.divergence(measure.Reading(first, 0, ""), measure.Reading(first, 0, "")) == (0, 1)
 
 
 # ---- whole folders
