@@ -180,7 +180,14 @@ def own_method(model: nn.Module, name: str, function: Callable[..., Any]) -> boo
     return getattr(method, "__func__", None) is function and method.__self__ is model
 
 
-# Known wrappers
+# Known wrappers and callers
+
+
+def peft_looks_for_parameters() -> bool:
+    """Whether the method that asks this was called by PEFT's search for `target_parameters`."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    function = getattr(getattr(tuners, "BaseTuner", None), "_inject_parameters", None)
+    return function is not None and sys._getframe(2).f_code is function.__code__
 
 
 def _made_in(library: str, function: str) -> tuple[CodeType, ...]:
@@ -267,6 +274,7 @@ __all__ = [
     "hanging",
     "hanging_on_root",
     "own_method",
+    "peft_looks_for_parameters",
     "reads_weights",
     "weights_are_plain",
 ]

@@ -6,8 +6,6 @@ experts, and the block that owns the experts reads them: a chosen expert compute
 dequantised for this product alone. PEFT keeps A as [E r, in], experts apart, and B as [out, r E], experts interleaved.
 """
 
-import sys
-from types import FrameType
 from typing import Any
 
 import torch
@@ -55,13 +53,6 @@ class ExpertAdapters:
         return y
 
 
-def peft_looks_for_parameters(caller: FrameType) -> bool:
-    """Whether the caller is PEFT's search for `target_parameters`, known by its code object."""
-    tuners = sys.modules.get("peft.tuners.tuners_utils")
-    search = getattr(getattr(tuners, "BaseTuner", None), "_inject_parameters", None)
-    return search is not None and caller.f_code is search.__code__
-
-
 def adapters_over_packed(experts: nn.Module, packed_class: type) -> tuple[Any, ExpertAdapters] | None:
     """The packed experts within PEFT's wrappers, and the adapters that are active; None if it isn't that.
 
@@ -103,4 +94,4 @@ def adapters_over_packed(experts: nn.Module, packed_class: type) -> tuple[Any, E
     return base, adapters
 
 
-__all__ = ["ExpertAdapters", "adapters_over_packed", "peft_looks_for_parameters"]
+__all__ = ["ExpertAdapters", "adapters_over_packed"]

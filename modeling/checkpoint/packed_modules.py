@@ -4,7 +4,6 @@ Numbers are a parameter named `..._packed`. Scales, zero points and the rest are
 `prepare_model_for_kbit_training` turns every bf16 parameter to fp32, which would change what is saved.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,8 @@ from torch import nn
 
 from ...kernels.weights.formats import Allowed, WeightFormat
 from ...kernels.weights.handle import WeightHandle, packed_linear
-from .packed_adapters import ExpertAdapters, peft_looks_for_parameters
+from ..plain_modules import peft_looks_for_parameters
+from .packed_adapters import ExpertAdapters
 from .packed_state_dict import read_released_tensors
 
 try:
@@ -269,7 +269,7 @@ class KimiPackedExperts(_PackedTensors, InternalModule):
         Nobody else may: accelerate moves, FSDP cuts and transformers loads what this method names.
         """
         named = super().named_parameters(*args, **kwargs)
-        if peft_looks_for_parameters(sys._getframe(1)):
+        if peft_looks_for_parameters():
             return iter([*named, ("gate_up_proj", self.gate_up_proj), ("down_proj", self.down_proj)])
         return named
 
