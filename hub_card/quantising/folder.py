@@ -117,12 +117,20 @@ def _keep_whole_files(staging: Staging, outputs: list[OutputFile]) -> int:
     whole = {output.name for output in outputs if _record(staging, output).is_file()}
     kept = 0
     for path in staging.folder.iterdir():
-        if path.name in whole:
-            check_safetensors(path)
+        if path.name in whole and _is_whole(path):
             kept += path.stat().st_size
         else:
             path.unlink()
     return kept
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file's size is what its header says; others than this program may have cut it."""
+    try:
+        check_safetensors(path)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_free_space(folder: Path, needed: int) -> None:
