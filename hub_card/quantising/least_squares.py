@@ -15,7 +15,7 @@ from ...kernels.weights.formats import WeightFormat
 from .recipes import pack_to_int32
 
 # Numbers that are worked on at once: a few copies in fp32 of as many, and far below 2^31, where 32-bit indices end.
-BLOCK_NUMBERS = {"cpu": 2**19, "cuda": 2**25}
+BLOCK_NUMBERS = {"cpu": 2**18, "cuda": 2**25}
 # Tries, in units of the scale that round to nearest takes. Of int4, 15/16 and 15/14 put the largest number on 8 and 7,
 # which is where weights lie that have been int4 before.
 _INT4_TRIES = (1.0, 15 / 16, 15 / 14, 1.14, 1.035, 0.97, 0.9, 0.86, 0.82, 0.77, 0.72, 0.66)
