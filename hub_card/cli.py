@@ -45,6 +45,28 @@ example:
 
 exit codes: 0 they can serve it, 1 they cannot or the folder is damaged, 2 wrong arguments
 """
+_QUANTIZE_DESCRIPTION = """\
+Write a Hub folder with quantised weights: compressed-tensors layout under the released names, which this package, vLLM
+and SGLang read. Scales are chosen by least squares, without calibration data, on a GPU where there is one (see
+CUDA_VISIBLE_DEVICES), else on the CPU, within a few GB. Needs `pip install compressed-tensors`.
+
+  w4a16       int4 in groups of 32: experts and large projections (28% of the bytes)
+  w4a16-fp8   int4 in groups of 32: routed experts; FP8 by row: large projections and shared experts
+  fp8         FP8 by row: experts and large projections (51% of the bytes)
+
+Router, convolutions, norms, embeddings, lm_head, the gates' and the latent's projections stay as they are.
+"""
+_QUANTIZE_EPILOG = f"""\
+examples:
+  {PROGRAM} quantize Kimi-Linear-48B-A3B-Instruct --out kimi-w4
+  {PROGRAM} quantize kimi-small --out kimi-small-fp8 --recipe fp8 --check
+
+Nothing is overwritten: --out must not exist, or be an empty folder. The folder appears under its name when it is
+complete; until then it is OUT.partial. An interrupted run goes on after its last whole file when the same command is
+run again; for other arguments or a changed source, remove OUT.partial.
+
+exit codes: 0 done, 1 it was refused or failed, 2 wrong arguments, 130 interrupted
+"""
 _SERVE_DESCRIPTION = """\
 Answer OpenAI-style requests with transformers' own server and the code of FOLDER, which is executed. Options that are
 not listed go to `transformers serve`, for example --host, --port, --device, --dtype and --log-level.
@@ -75,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=PROGRAM, description="Tools for Kimi Linear folders of the Hugging Face Hub.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_export(commands)
+    _add_quantize(commands)
     check = commands.add_parser(
         "check-serving",
         help="check whether vLLM and SGLang can serve a folder",
@@ -129,6 +152,53 @@ def _add_export(commands: Any) -> None:
     export.add_argument("--repo-id", metavar="ID", help="what the card's usage loads (default: the name of DIR)")
 
 
+def _add_quantize(commands: Any) -> None:
+    quantize = commands.add_parser(
+        "quantize",
+        help="write a folder with quantised weights",
+        description=_QUANTIZE_DESCRIPTION,
+        epilog=_QUANTIZE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    quantize.set_defaults(run=_run_quantize)
+    quantize.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="released or exported folder, unquantised"
+    )
+    quantize.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to write")
+    quantize.add_argument("--recipe", choices=("w4a16", "w4a16-fp8", "fp8"), default="w4a16", help="default: w4a16")
+    quantize.add_argument(
+        "--check",
+        action="store_true",
+        help="load both models afterwards, one after the other, and put loss, divergence and greedy text into the card",
+    )
+    quantize.add_argument(
+        "--base-model", metavar="ID", help="Hub id of the checkpoint, for the card (default: what its path tells)"
+    )
+
+
+def _run_quantize(arguments: argparse.Namespace) -> int:
+    from .quantising.folder import QuantiseRequest, quantise
+    from .staging import staging_path
+
+    request = QuantiseRequest(**{name: value for name, value in vars(arguments).items() if name not in ("run", "rest")})
+    staging = staging_path(request.out)
+    try:
+        report = quantise(request)
+    except (ValueError, OSError) as error:
+        return _report_error(error)
+    except KeyboardInterrupt:
+        kept = f"; {staging} keeps what was written: run the same command again to go on, or remove it"
+        print(f"interrupted{kept if staging.exists() else ''}", file=sys.stderr)
+        return 130
+    print(f"wrote {request.out}: {report.read_bytes / 1e9:.3g} GB became {report.written_bytes / 1e9:.3g} GB")
+    for kind, (ours, nearest) in report.errors.items():
+        print(f"  {kind}: relative error of the weights {ours:.4f} (round to nearest {nearest:.4f})")
+    if report.check:
+        before, after = report.check["losses"]
+        print(f"  loss {after:.4f} (unquantised {before:.4f}), KL divergence {report.check['kl']:.4f} nats a token")
+    return 0
+
+
 def _run_export(arguments: argparse.Namespace) -> int:
     # Imported here, so that --help answers at once and without torch.
     from .exporter import ExportRequest, export
@@ -141,7 +211,7 @@ def _run_export(arguments: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         return _report_error(error)
     except KeyboardInterrupt:
-        kept = f"; {staging} keeps what was copied: run the same command again to go on, or remove it"
+        kept = f"; {staging} keeps what was written: run the same command again to go on, or remove it"
         print(f"interrupted{kept if staging.exists() else ''}", file=sys.stderr)
         return 130
     weights = (

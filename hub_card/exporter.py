@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub.repocard import metadata_load
 
+from ..configuration.configuration_kimi_linear import KimiLinearConfig
 from ..modeling.checkpoint.refusals import refuse_method
 from ..modeling.checkpoint.schemes import quantization_fields
 from .code_flattening import flatten_sources, third_party_packages, write_flat_sources
@@ -22,7 +23,7 @@ from .hub_files import (
 )
 from .model_card import CardFacts, build_card, guess_base_model
 from .random_weights import write_random_weights
-from .staging import Staging, is_disk_full
+from .staging import Staging, settle_failure
 from .weight_files import INDEX_FILE, PART_SUFFIX, WeightFile, bytes_to_copy, find_weights, place_weights, possible_mode
 
 SMALL_CHECKPOINT = Path(__file__).with_name("small_checkpoint")
@@ -93,14 +94,12 @@ def export(request: ExportRequest) -> ExportReport:
         if request.random:
             mode, config.dtype = "random", "bfloat16"
             size = write_random_weights(config, staging.folder, seed=request.seed)
-        write_flat_sources(texts, staging.folder)
-        write_config(config, fields, staging.folder)
-        tokenizer = _write_source_files(source if request.config is None else None, config, staging.folder)
-        write_code_licence(staging.folder)
+        given = source if request.config is None else None
+        tokenizer = write_all_but_weights(given, config, fields, texts, staging.folder)
         facts = CardFacts(
             repo_id=request.repo_id or request.out.name,
             base_model=request.base_model,
-            licence=_licence(source) if request.config is None else "mit",
+            licence=licence_of(source) if request.config is None else "mit",
             weights="checkpoint" if files else mode,
             tokenizer=tokenizer,
             packages=third_party_packages(texts.values()),
@@ -110,7 +109,8 @@ def export(request: ExportRequest) -> ExportReport:
         place_weights(files, staging.folder, mode)
         staging.publish()
     except BaseException as error:
-        _clean_up(error, staging, mode, sum(file.size for file in files))
+        needed = _SMALL_FILES_BYTES + (sum(file.size for file in files) if mode == "copy" else 0)
+        settle_failure(error, staging, needed, keep=_kept_copies(staging.folder, mode))
         raise
     return ExportReport(request.out, list(texts), mode, size)
 
@@ -131,15 +131,25 @@ def _checked(request: ExportRequest) -> tuple[ExportRequest, Path, list[WeightFi
             raise ValueError("this installation has no small checkpoint; give --checkpoint or --config")
         # A link would let an edit of the exported folder change the installed package.
         values["weights"] = "copy"
-    source = Path(source)
-    if not source.is_dir():
-        raise ValueError(f"--checkpoint {source} is not a folder; download the model first and give its folder")
-    if not (source / "config.json").is_file():
-        hint = "; give one of the folders below its snapshots/" if (source / "snapshots").is_dir() else ""
-        raise ValueError(f"--checkpoint {source} has no config.json{hint}")
+    source = checked_source(Path(source), "--checkpoint")
     if request.base_model is None:
         values["base_model"] = guess_base_model(source)
     return ExportRequest(**values), source, find_weights(source)
+
+
+def checked_source(source: Path, called: str) -> Path:
+    """The folder of a checkpoint, or ValueError if it is none.
+
+    Args:
+        source: as the user gave it.
+        called: what the message calls it.
+    """
+    if not source.is_dir():
+        raise ValueError(f"{called} {source} is not a folder; download the model first and give its folder")
+    if not (source / "config.json").is_file():
+        hint = "; give one of the folders below its snapshots/" if (source / "snapshots").is_dir() else ""
+        raise ValueError(f"{called} {source} has no config.json{hint}")
+    return source
 
 
 def _identity(request: ExportRequest, source: Path, files: list[WeightFile]) -> dict[str, Any]:
@@ -167,9 +177,24 @@ def _check_free_space(files: list[WeightFile], folder: Path, mode: str) -> None:
         raise OSError(errno.ENOSPC, f"{free} bytes are free")
 
 
-def _write_source_files(source: Path | None, config: Any, folder: Path) -> str:
-    """Write generation config and tokenizer, copy index and licence; returns what the tokenizer can do."""
+def write_all_but_weights(
+    source: Path | None, config: KimiLinearConfig, fields: dict[str, Any], texts: dict[str, str], folder: Path
+) -> str:
+    """Write code, configs, tokenizer and licences; the index comes with the weights, the card last.
+
+    Args:
+        source: folder of the checkpoint, or None.
+        config, fields: as for `write_config`.
+        texts: the code, from `flatten_sources`.
+        folder: where to write.
+
+    Returns:
+        What the tokenizer can do, as in `CardFacts`.
+    """
+    write_flat_sources(texts, folder)
+    write_config(config, fields, folder)
     write_generation_config(source, config, folder)
+    write_code_licence(folder)
     if source is None:
         return "none"
     for name in (INDEX_FILE, "LICENSE"):
@@ -180,7 +205,7 @@ def _write_source_files(source: Path | None, config: Any, folder: Path) -> str:
     return "chat" if has_chat_template(folder) else "text"
 
 
-def _licence(source: Path) -> str:
+def licence_of(source: Path) -> str:
     """The licence that the source's card names, else that of the released checkpoints."""
     card = source / "README.md"
     return ((metadata_load(card) if card.is_file() else None) or {}).get("license", "mit")
@@ -191,30 +216,18 @@ def _notes(source: Path) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
-def _clean_up(error: BaseException, staging: Staging, mode: str, size: int) -> None:
-    """Keep the staging folder if going on is worthwhile, else remove it; raise the full disk's own message."""
+def _kept_copies(folder: Path, mode: str) -> bool:
+    """Whether weights that were copied in part or whole are there."""
     kept_names = (".safetensors", PART_SUFFIX)
-    copied = (
-        mode == "copy"
-        and staging.folder.is_dir()
-        and any(p.name.endswith(kept_names) for p in staging.folder.iterdir())
-    )
-    if is_disk_full(error):
-        needed = _SMALL_FILES_BYTES + (size if mode == "copy" else 0)
-        staging.discard()
-        raise OSError(
-            errno.ENOSPC,
-            f"the disk of {staging.out} is full: the export needs {needed} bytes and "
-            f"{shutil.disk_usage(staging.out.parent).free} are free; nothing was left behind",
-        ) from error
-    # What an earlier run copied survives a mistake in this run's arguments, too.
-    if not (copied and (staging.resumed or isinstance(error, (KeyboardInterrupt, OSError)))):
-        staging.discard()
-    elif isinstance(error, OSError):
-        raise OSError(
-            error.errno,
-            f"{error}; {staging.root} keeps what was copied: run the same command again to go on, or remove it",
-        ) from error
+    return mode == "copy" and folder.is_dir() and any(path.name.endswith(kept_names) for path in folder.iterdir())
 
 
-__all__ = ["SMALL_CHECKPOINT", "ExportReport", "ExportRequest", "export"]
+__all__ = [
+    "SMALL_CHECKPOINT",
+    "ExportReport",
+    "ExportRequest",
+    "checked_source",
+    "export",
+    "licence_of",
+    "write_all_but_weights",
+]

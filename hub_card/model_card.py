@@ -89,6 +89,7 @@ class CardFacts:
         tokenizer: "chat" (has a chat template), "text" or "none".
         packages: third-party packages of the code, and whether loading requires them.
         notes: Markdown about this checkpoint, shown before the usage.
+        quantised: what was done to the weights since `base_model`, or "".
     """
 
     repo_id: str
@@ -98,6 +99,7 @@ class CardFacts:
     tokenizer: str
     packages: Mapping[str, bool]
     notes: str = ""
+    quantised: str = ""
 
 
 def build_card(facts: CardFacts, config: KimiLinearConfig) -> ModelCard:
@@ -112,7 +114,8 @@ def build_card(facts: CardFacts, config: KimiLinearConfig) -> ModelCard:
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model=facts.base_model,
-        tags=TAGS,
+        tags=[*TAGS, *(["compressed-tensors"] if facts.quantised else [])],
+        **({"base_model_relation": "quantized"} if facts.quantised and facts.base_model else {}),
     )
     card = ModelCard.from_template(
         data,
@@ -121,7 +124,7 @@ def build_card(facts: CardFacts, config: KimiLinearConfig) -> ModelCard:
         summary=_summary(facts, config),
         notes=facts.notes.strip(),
         package_version=importlib.metadata.version("kimi-linear"),
-        requirements=_requirements(kind),
+        requirements=_requirements(kind, bool(facts.quantised)),
         usage=_USAGE[kind].format(repo_id=json.dumps(facts.repo_id, ensure_ascii=False)),
         usage_needs_accelerate=kind != "architecture",
         packages=[
@@ -193,13 +196,16 @@ def _summary(facts: CardFacts, config: KimiLinearConfig) -> str:
         return f"Code and config without weights: {shape}."
     if facts.weights == "random":
         return f"**Random weights**, for testing only: {shape}."
-    origin = f" The weights are those of [{facts.base_model}](https://huggingface.co/{facts.base_model}), unchanged."
-    return f"A Kimi Linear checkpoint: {shape}.{origin if facts.base_model else ''}"
+    what = f"quantised ({facts.quantised})" if facts.quantised else "unchanged"
+    origin = f" The weights are those of [{facts.base_model}](https://huggingface.co/{facts.base_model}), {what}."
+    kind = "quantised Kimi Linear" if facts.quantised else "Kimi Linear"
+    return f"A {kind} checkpoint: {shape}.{origin if facts.base_model else ''}"
 
 
-def _requirements(kind: str) -> str:
+def _requirements(kind: str, quantised: bool) -> str:
     """The version ranges of this package, for the packages that the usage needs."""
     wanted = {"torch", "transformers"} | (set() if kind == "architecture" else {"accelerate"})
+    wanted |= {"compressed-tensors"} if quantised else set()  # transformers asks for it, whoever reads the weights
     found: dict[str, str] = {}
     for line in importlib.metadata.requires("kimi-linear") or []:
         requirement = Requirement(line)
@@ -223,7 +229,8 @@ def _limits(facts: CardFacts) -> list[str]:
         limits.append("The output is noise.")
     elif facts.weights == "checkpoint":
         limits.append(
-            "The export measured neither quality nor bias nor safety of the weights; see where they are from."
+            f"The {'tool' if facts.quantised else 'export'} measured neither quality nor bias nor safety of the weights"
+            f"{' beyond the figures above' if facts.quantised else ''}; see where they are from."
         )
     if facts.weights != "none" and facts.tokenizer == "none":
         limits.append("There is no tokenizer in this folder; the model takes token ids.")

@@ -55,7 +55,7 @@ def expected_tensors(
     fields = quantization_fields(config)
     if fields is None:
         return ExpectedTensors(plain, frozenset(), [])
-    linear = {name.removesuffix(".weight"): shape for name, shape in released.items() if _is_linear(name, shape)}
+    linear = {name.removesuffix(".weight"): shape for name, shape in released.items() if is_linear(name, shape)}
     method = fields["quant_method"] or "a method that is not named"
     try:
         described = method in PACKED_METHODS and (method == "fp8" or fields.get("config_groups"))
@@ -109,9 +109,9 @@ def _by_names(
     return ExpectedTensors(shapes, frozenset(accepted), [note])
 
 
-def _is_linear(name: str, shape: Shape) -> bool:
+def is_linear(name: str, shape: Shape) -> bool:
     """Whether a tensor is the weight of what other implementations hold as a linear layer."""
     return len(shape) == 2 and name.endswith(".weight") and not name.endswith(("embed_tokens.weight", ".gate.weight"))
 
 
-__all__ = ["ExpectedTensors", "expected_tensors"]
+__all__ = ["ExpectedTensors", "expected_tensors", "is_linear"]

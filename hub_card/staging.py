@@ -87,4 +87,33 @@ def _refuse_other(root: Path, request: dict[str, Any]) -> None:
         raise ValueError(f"{root} holds {reason}; remove it or choose another --out")
 
 
-__all__ = ["Staging", "is_disk_full", "staging_path"]
+def settle_failure(error: BaseException, staging: Staging, needed: int, keep: bool) -> None:
+    """Keep the staging folder if going on is worthwhile, else remove it.
+
+    Args:
+        error: that ended the run.
+        staging: of the run.
+        needed: bytes that the whole run writes.
+        keep: whether weights that a next run can use have been written.
+
+    Raises:
+        OSError: in place of one, with what was kept or left behind.
+    """
+    if is_disk_full(error):
+        staging.discard()
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk of {staging.out} is full: the export needs {needed} bytes and "
+            f"{shutil.disk_usage(staging.out.parent).free} are free; nothing was left behind",
+        ) from error
+    # What an earlier run wrote survives a mistake in this run's arguments, too.
+    if not (keep and (staging.resumed or isinstance(error, (KeyboardInterrupt, OSError)))):
+        staging.discard()
+    elif isinstance(error, OSError):
+        raise OSError(
+            error.errno,
+            f"{error}; {staging.root} keeps what was written: run the same command again to go on, or remove it",
+        ) from error
+
+
+__all__ = ["Staging", "is_disk_full", "settle_failure", "staging_path"]

@@ -206,7 +206,14 @@ def own_method(model: nn.Module, name: str, function: Callable[..., Any]) -> boo
     return getattr(method, "__func__", None) is function and method.__self__ is model
 
 
-# Known wrappers
+# Known wrappers and callers
+
+
+def peft_looks_for_parameters() -> bool:
+    """Whether the method that asks this was called by PEFT's search for `target_parameters`."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    function = getattr(getattr(tuners, "BaseTuner", None), "_inject_parameters", None)
+    return function is not None and sys._getframe(2).f_code is function.__code__
 
 
 def _made_in(library: str, function: str) -> tuple[CodeType, ...]:
@@ -303,6 +310,7 @@ __all__ = [
     "hung",
     "is_placed_only",
     "own_method",
+    "peft_looks_for_parameters",
     "reads_packed",
     "reads_weights",
     "take_hook_off",

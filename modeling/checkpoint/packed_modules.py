@@ -15,7 +15,8 @@ from ...kernels.weights.formats import Allowed, WeightFormat
 from ...kernels.weights.handle import WeightHandle
 from ...kernels.weights.linear import packed_linear
 from ...kernels.weights.tiles import PackedStack
-from ..plain_modules import reads_packed
+from ..plain_modules import peft_looks_for_parameters, reads_packed
+from .packed_adapters import ExpertAdapters
 from .packed_state_dict import read_released_tensors
 
 try:
@@ -89,9 +90,14 @@ class NoDenseWeight(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         raise NotImplementedError(
-            "a packed linear layer has no dense weight to read or write: adapters cannot be merged into it, and "
-            "handle().dequantize(dtype) makes a dense copy. Load the checkpoint with dequantize=True to merge"
+            "packed weights have no dense numbers to read or write: adapters cannot be merged into them, and "
+            "handle(...).dequantize(dtype) makes a dense copy. Load the checkpoint with dequantize=True to merge"
         )
+
+
+def no_dense_weight(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> NoDenseWeight:
+    """What stands for a dense weight of this shape; it takes no memory."""
+    return torch.empty((), dtype=dtype, device=device).expand(shape).as_subclass(NoDenseWeight)
 
 
 _METADATA = (
@@ -161,8 +167,7 @@ class KimiPackedLinear(nn.Linear, _PackedTensors, InternalModule):
     @property
     def weight(self) -> "NoDenseWeight":
         """Shape, dtype and device of a dense weight; whoever wants its numbers gets an error (see `NoDenseWeight`)."""
-        number = torch.empty((), dtype=self.dense_dtype, device=self.weight_packed.device)
-        return number.expand(self.out_features, self.in_features).as_subclass(NoDenseWeight)
+        return no_dense_weight((self.out_features, self.in_features), self.dense_dtype, self.weight_packed.device)
 
     def extra_repr(self) -> str:
         """Sizes and format."""
@@ -180,7 +185,7 @@ class KimiPackedExperts(_PackedTensors, InternalModule):
     Args:
         num_experts, hidden_dim, intermediate_dim: sizes.
         formats: of `gate_up_proj` and `down_proj`.
-        dtype: of floating-point scales, until a file says otherwise.
+        dtype: of the dense experts that these stand for; and of floating-point scales, until a file says otherwise.
         device: of the tensors, which are zero.
     """
 
@@ -195,7 +200,7 @@ class KimiPackedExperts(_PackedTensors, InternalModule):
     ) -> None:
         super().__init__()
         self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden_dim, intermediate_dim
-        self.formats = formats
+        self.formats, self.dense_dtype = formats, dtype
         self.act_fn = nn.SiLU()
         for place in self.places():
             if place.expert == place.index == 0:
@@ -256,19 +261,42 @@ class KimiPackedExperts(_PackedTensors, InternalModule):
             tensors.append(stacked)
         return WeightHandle(format, self.shape_of(projection), *tensors)
 
+    @property
+    def gate_up_proj(self) -> NoDenseWeight:
+        """Shape, dtype and device of the dense stack [E, 2 R, hidden_dim], as PEFT asks for them."""
+        shape = self.num_experts, 2 * self.intermediate_dim, self.hidden_dim
+        return no_dense_weight(shape, self.dense_dtype, self.gate_up_proj_packed.device)
+
+    @property
+    def down_proj(self) -> NoDenseWeight:
+        """As `gate_up_proj`: [E, hidden_dim, R]."""
+        shape = self.num_experts, self.hidden_dim, self.intermediate_dim
+        return no_dense_weight(shape, self.dense_dtype, self.down_proj_packed.device)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+        """As torch's; PEFT's search for `target_parameters` also finds the two dense stacks, which are no parameters.
+
+        Nobody else may: accelerate moves, FSDP cuts and transformers loads what this method names.
+        """
+        named = super().named_parameters(*args, **kwargs)
+        if peft_looks_for_parameters():
+            return iter([*named, ("gate_up_proj", self.gate_up_proj), ("down_proj", self.down_proj)])
+        return named
+
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        adapters: ExpertAdapters | None = None,
     ) -> torch.Tensor:
         """As `KimiExperts.forward`; only the experts that were chosen are dequantised, one at a time.
 
-        Raises:
-            ValueError: if PEFT has put an adapter on the packed numbers (`target_parameters`), which would do nothing.
+        Args:
+            hidden_states, top_k_index, top_k_weights: as there.
+            adapters: to add to the experts' products, from `adapters_over_packed`.
         """
-        if hasattr(self, "parametrizations"):
-            raise ValueError(
-                f"an adapter is on the packed experts ({', '.join(self.parametrizations)}), and packed numbers can't "
-                "take a sum: target the projections (target_modules), or load with dequantize=True to train experts"
-            )
+        adapters = ExpertAdapters() if adapters is None else adapters
         output = torch.zeros_like(hidden_states, dtype=torch.float32)
         for expert in top_k_index.unique().tolist():
             if expert >= self.num_experts:
@@ -277,7 +305,11 @@ class KimiPackedExperts(_PackedTensors, InternalModule):
             x = hidden_states[token]
             gate = packed_linear(x, self.handle("gate_up_proj", expert, 0))
             up = packed_linear(x, self.handle("gate_up_proj", expert, 1))
-            expert_output = packed_linear(self.act_fn(gate) * up, self.handle("down_proj", expert))
+            gate = adapters.added(gate, "gate_up_proj", expert, x)
+            up = adapters.added(up, "gate_up_proj", expert, x, start=self.intermediate_dim)
+            inner = self.act_fn(gate) * up
+            expert_output = packed_linear(inner, self.handle("down_proj", expert))
+            expert_output = adapters.added(expert_output, "down_proj", expert, inner)
             output.index_add_(0, token, expert_output.float() * top_k_weights[token, slot, None])
         return output.to(hidden_states.dtype)
 

@@ -14,6 +14,7 @@ from ...kernels.prompt.expert_rows import route_fwd, silu_mul_fwd
 from ...kernels.prompt.grouped_experts import grouped_experts, grouped_experts_serve
 from ...kernels.prompt.quantised_experts import quantised_experts, quantised_experts_serve
 from ..checkpoint.expert_rows import expect_filled, read_released_experts
+from ..checkpoint.packed_adapters import adapters_over_packed
 from ..checkpoint.packed_modules import KimiPackedExperts
 from ..plain_modules import Noticing, hanging, reads_weights, weights_are_plain
 from .fp32_parameters import keeping_fp32
@@ -242,7 +243,9 @@ class KimiSparseMoeBlock(Noticing):
             shared = None if self.shared_experts is None else self.shared_experts(tokens)
             stacks = self.experts.stack("gate_up_proj"), self.experts.stack("down_proj")
             return quantised_experts(tokens, experts, weights, *stacks, shared).view(hidden_states.shape)
-        output = self.experts(tokens, experts, weights).view(hidden_states.shape)
+        adapted = adapters_over_packed(self.experts, KimiPackedExperts)
+        routed, adapters = (self.experts, ()) if adapted is None else (adapted[0], adapted[1:])
+        output = routed(tokens, experts, weights, *adapters).view(hidden_states.shape)
         return output if self.shared_experts is None else output + self.shared_experts(hidden_states)
 
     def _takes_grouped(self, tokens: torch.Tensor) -> bool:

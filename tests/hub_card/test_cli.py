@@ -66,7 +66,7 @@ def test_interruption_says_how_to_go_on(released, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(exporter, "place_weights", stop)
     arguments = ["export", "--out", str(tmp_path / "out"), "--checkpoint", str(released)]
     assert main([*arguments, "--weights", "copy"]) == 130
-    assert "out.partial keeps what was copied: run the same command again" in capsys.readouterr().err
+    assert "out.partial keeps what was written: run the same command again" in capsys.readouterr().err
     assert main([*arguments[:2], str(tmp_path / "linked"), *arguments[3:]]) == 130
     assert capsys.readouterr().err == "interrupted\n"
     assert not (tmp_path / "linked.partial").exists()

@@ -190,7 +190,7 @@ def test_a_read_error_keeps_what_was_copied_and_says_so(source, out, monkeypatch
 
     monkeypatch.setattr(weight_files, "copy_resumable", fail_second)
     request = ExportRequest(out=out, checkpoint=source, weights="copy")
-    with pytest.raises(OSError, match=r"out\.partial keeps what was copied: run the same command again"):
+    with pytest.raises(OSError, match=r"out\.partial keeps what was written: run the same command again"):
         export(request)
     monkeypatch.setattr(weight_files, "copy_resumable", copy)
     export(request)

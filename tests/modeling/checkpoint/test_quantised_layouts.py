@@ -375,12 +375,3 @@ def test_lora_trains_over_packed_weights(folder_of, random_ids):
     for safe in (False, True):
         with pytest.raises(NotImplementedError, match="cannot be merged"):
             adapted.merge_adapter(safe_merge=safe)
-
-
-def test_an_adapter_on_packed_experts_is_refused(folder_of, random_ids):
-    """PEFT adds its product to the packed numbers, where it would do nothing."""
-    peft = pytest.importorskip("peft", minversion="0.18")
-    targets = ["experts.gate_up_proj_packed", "experts.down_proj_packed"]
-    model = peft.get_peft_model(load(folder_of()), peft.LoraConfig(r=2, target_modules=[], target_parameters=targets))
-    with pytest.raises(ValueError, match=r"adapter is on the packed experts .*dequantize=True"):
-        model(input_ids=random_ids(1, 4))
