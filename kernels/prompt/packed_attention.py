@@ -6,7 +6,8 @@ MLA of a packed prompt over expanded keys and values, for more tokens than atten
 
 T tokens of N rows lie end to end (prompt/packed_kda.py), and so do the L cached positions that they see: row n has keys
 key_offsets[n] .. key_offsets[n + 1], from its first valid position `starts[n]` on. `key_rows` and `key_positions` [L]
-int32 say which cached row each key is. `expanded` [L, H (K + V)] is what the latent's up-projection makes of them.
+int32 say which cached row each key is, -1 for none. `expanded` [L, H (K + V)] is what the latent's up-projection makes
+of them.
 A program takes BT tokens of one row and one head, found by the table of blocks that kda/index.py makes with C = BT.
 """
 
@@ -44,10 +45,10 @@ def packed_attention_config(itemsize: int, gpu: str) -> PackedAttentionConfig:
 def packed_gather_fwd_kernel(
     table, key_rows, key_positions, keys, L, WIDTH: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr
 ):
-    """BM keys a program: keys [L, WIDTH] contiguous from the cache, whose address and row stride `table` [4] has."""
+    """BM keys a program: keys [L, WIDTH] contiguous from the cache; those of no row (`key_rows` < 0) stay unwritten."""
     o_m, o_w = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BW)
-    m_m = o_m < L
-    b_row = tl.load(key_rows + o_m, mask=m_m, other=0).to(tl.int64)
+    b_row = tl.load(key_rows + o_m, mask=o_m < L, other=-1).to(tl.int64)
+    m_m = b_row >= 0
     b_position = tl.load(key_positions + o_m, mask=m_m, other=0).to(tl.int64)
     cached = tl.load(table).to(tl.pointer_type(keys.dtype.element_ty))
     p_cached = cached + (b_row * tl.load(table + 1) + b_position * WIDTH)[:, None] + o_w[None, :]

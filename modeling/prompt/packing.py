@@ -104,7 +104,7 @@ class Packing:
             key_offsets[1 : batch + 1] = counts.cumsum(0)
             key_offsets[batch + 1 :] = key_offsets[batch]
             seen = torch.arange(batch, dtype=torch.int32).repeat_interleave(counts)
-            key_rows[: len(seen)] = seen
+            key_rows[: len(seen)], key_rows[len(seen) :] = seen, -1
             within = torch.arange(len(seen), dtype=torch.int32) - key_offsets[seen]
             key_positions[: len(seen)] = within + self.starts[seen]
         return numbers

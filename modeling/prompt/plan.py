@@ -97,6 +97,7 @@ class PromptPlan(StepPlan):
         self.rows, self.positions, self.cu_seqlens, self.starts, self.key_offsets, self.key_rows = parts[:6]
         self.key_positions = parts[6]
         self.rows.fill_(-1)
+        self.key_rows.fill_(-1)
         self.input_ids = torch.zeros(T, dtype=torch.int64, device=self.device)
         self.table = torch.zeros(self.span.end - self.span.first, 4, dtype=torch.int64, device=self.device)
         self.x = self._empty(T, self.config.hidden_size)

@@ -256,6 +256,15 @@ def test_steps_go_on_over_what_a_packed_prompt_left(model, running, monkeypatch)
     assert torch.isfinite(DecodeStep(model, 2, 1)(cache, draw(2, 1), longer)).all()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("keys", [None, 16])
+def test_a_plan_without_rows_touches_no_memory_of_a_cache(keys, model, running, monkeypatch):
+    """It is launched to compile, while its table holds no address: reading there would end the process."""
+    go(LAUNCHED, monkeypatch)
+    for launch in prompt_plan.PromptPlan(model, 16, 1, keys, True).kinds_of_launches():
+        launch()
+
+
 def test_packing():
     mask = torch.tensor([[0, 1, 1, 0, 1], [1, 1, 0, 0, 0], [0, 0, 1, 1, 1]]).bool()
     packing = Packing.of(3, 3, 2, mask)
