@@ -107,6 +107,8 @@ def adapter_misfit(module: Any) -> str | None:
         return f"has {len(names)} active adapters ({', '.join(names)}), and a step takes one"
     if kind.__name__ == "ParamWrapper" and module.parameter_name not in _EXPERTS:
         return f"has an adapter on the parameter {module.parameter_name}"
+    if names and kind.__name__ == "ParamWrapper" and module.parameter_name not in base_of(module)._parameters:
+        return f"has an adapter on {module.parameter_name}, which is packed"
     return _unusual(module, names[0]) if names else None
 
 

@@ -110,6 +110,7 @@ UNUSUAL = {
     "q_proj drops out 0.5 of the input of the adapter 'default' in training mode": {"lora_dropout": 0.5},
     "gate has an adapter on the parameter weight": {"target_modules": [], "target_parameters": ["gate.weight"]},
     "model.norm is a ModulesToSaveWrapper": {"modules_to_save": ["model.norm"]},
+    "experts has an adapter on down_proj, which is packed": {"target_parameters": EXPERTS[1:]},
     "o_proj.base_layer has a hook": {},
     "o_proj has the adapter 'default', part of which has a hook": {},
     "o_proj has 2 active adapters (default, other), and a step takes one": {},
@@ -123,6 +124,9 @@ def test_what_is_left_to_the_layers_is_named(words, stepping):
     model = make_model()
     wrapped = adapted(model, **{"modules": ["q_proj", "o_proj"], **renamed(UNUSUAL[words])})
     o_proj = model.model.layers[0].self_attn.o_proj
+    if "packed" in words:
+        experts = model.model.layers[1].block_sparse_moe.experts.base_layer
+        experts.__dict__["down_proj"] = experts._parameters.pop("down_proj")  # read as before, and no parameter
     if "2 active" in words:
         wrapped.add_adapter("other", peft.LoraConfig(r=2, target_modules=["o_proj"]))
         wrapped.base_model.set_adapter(["default", "other"])
