@@ -42,7 +42,7 @@ def recall(sequences: int, length: int, generator: torch.Generator) -> tuple[tor
     ids = torch.cat([given, asked], dim=1)
     targets = torch.full_like(ids, IGNORED)
     targets[:, 2 * pairs :: 2] = values.gather(1, order)
-    return ids, targets
+    return _filled(ids, length, 0), _filled(targets, length, IGNORED)
 
 
 def stack(sequences: int, length: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

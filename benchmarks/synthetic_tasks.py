@@ -126,9 +126,11 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
 
     from benchmarks.figures import COLOURS, save
 
-    figure, panels = plt.subplots(1, len(TASKS), figsize=(9.5, 2.9), sharey=True)
+    tasks = [task for task in TASKS if best(rows, task=task)]
+    figure, panels = plt.subplots(1, len(tasks), figsize=(0.5 + 3 * len(tasks), 2.9), sharey=True, squeeze=False)
+    panels = panels[0]
     lengths = sorted({row["length"] for row in rows})
-    for panel, task in zip(panels, TASKS):
+    for panel, task in zip(panels, tasks):
         for kind, colour in zip(MODELS, (COLOURS[1], COLOURS[0])):
             found = [(n, row["accuracy"]) for n in lengths if (row := best(rows, task=task, model=kind, length=n))]
             panel.plot(*zip(*found), "o-", color=colour, ms=4, label=kind)
