@@ -15,6 +15,7 @@ from kimi_linear.modeling.cache.kimi_linear_cache import KimiLinearCache
 from kimi_linear.modeling.cache.latent_layer import LatentCacheLayer
 from kimi_linear.modeling.decode import path as decode_path
 from kimi_linear.modeling.decode.step import DecodeStep
+from kimi_linear.modeling.placement import layer_spans
 from kimi_linear.modeling.prompt import path as prompt_path
 from kimi_linear.modeling.prompt import plan as prompt_plan
 from kimi_linear.modeling.prompt.packing import Packing
@@ -261,7 +262,7 @@ def test_steps_go_on_over_what_a_packed_prompt_left(model, running, monkeypatch)
 def test_a_plan_without_rows_touches_no_memory_of_a_cache(keys, model, running, monkeypatch):
     """It is launched to compile, while its table holds no address: reading there would end the process."""
     go(LAUNCHED, monkeypatch)
-    for launch in prompt_plan.PromptPlan(model, 16, 1, keys, True).kinds_of_launches():
+    for launch in prompt_plan.PromptPlan(model, layer_spans(model)[0], 16, 1, keys, True).kinds_of_launches():
         launch()
 
 
