@@ -15,6 +15,7 @@ import torch
 from ..gpu.launching import launches_beside_first_argument
 from ..gpu.operator_names import operator_namespace
 from ..gpu.sizes import padded, power_of_two
+from ..training.silu_mul import differentiate_silu_mul
 
 try:
     import triton
@@ -178,6 +179,9 @@ def silu_mul_fwd(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 @silu_mul_fwd.register_fake
 def _(gate, up):
     return gate.new_empty(gate.shape)
+
+
+differentiate_silu_mul(silu_mul_fwd)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::combine_rows_fwd", mutates_args=())

@@ -9,9 +9,10 @@ from torch import nn
 from transformers.integrations import use_experts_implementation
 
 from ...configuration.configuration_kimi_linear import KimiLinearConfig
-from ...kernels.gpu.availability import fused_path_serves
+from ...kernels.gpu.availability import fused_path_serves, gradients_wanted
 from ...kernels.prompt.expert_rows import route_fwd, silu_mul_fwd
 from ...kernels.prompt.grouped_experts import grouped_experts, grouped_experts_serve
+from ...kernels.training.grouped_experts import grouped_experts_with_gradients
 from ..checkpoint.expert_rows import expect_filled, read_released_experts
 from ..plain_modules import Noticing, reads_weights, weights_are_plain
 from .fp32_parameters import keeping_fp32
@@ -30,7 +31,7 @@ class KimiMLP(Noticing):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., hidden_size] -> the same shape."""
         gate, up = self.gate_proj(x), self.up_proj(x)
-        fused = gate.dtype == up.dtype and fused_path_serves(gate, up)
+        fused = gate.dtype == up.dtype and fused_path_serves(gate, up, differentiable=True)
         return self.down_proj(silu_mul_fwd(gate, up) if fused else F.silu(gate) * up)
 
 
@@ -234,8 +235,9 @@ class KimiSparseMoeBlock(Noticing):
         _, weights, experts = self.gate(tokens)
         if self._takes_grouped(tokens):
             shared = None if self.shared_experts is None else self.shared_experts(tokens)
-            parameters = self.experts.gate_up_proj, self.experts.down_proj
-            return grouped_experts(tokens, experts, weights, *parameters, shared).view(hidden_states.shape)
+            inputs = tokens, experts, weights, self.experts.gate_up_proj, self.experts.down_proj, shared
+            run = grouped_experts_with_gradients if gradients_wanted(*inputs) else grouped_experts
+            return run(*inputs).view(hidden_states.shape)
         output = self.experts(tokens, experts, weights).view(hidden_states.shape)
         return output if self.shared_experts is None else output + self.shared_experts(hidden_states)
 

@@ -1,0 +1,135 @@
+"""
+The backwards of the fused passes against autograd in float64, in Triton's interpreter.
+
+Bounds. A gradient is compared over the whole tensor, relative to its norm. Each rounding to a dtype in a row (the
+interpreter truncates where it casts to bf16) counts as one eps of it.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+
+from torch.utils.checkpoint import checkpoint
+
+from kimi_linear.kernels.prompt.expert_rows import silu_mul_fwd
+from kimi_linear.kernels.training.grouped_experts import grouped_experts_with_gradients
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def nan_allocations(monkeypatch):
+    """No output may depend on what an allocation contained."""
+    empty = torch.empty
+
+    def filled(*args, **kwargs):
+        x = empty(*args, **kwargs)
+        return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(0)
+
+    monkeypatch.setattr(torch, "empty", filled)
+
+
+def randn(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
+
+
+def gradients(op, inputs, weights):
+    """Those of all `inputs` for a loss that weighs the outputs of `op`."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    outputs = op(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return torch.autograd.grad(outputs, leaves, [w.to(o.dtype) for w, o in zip(weights, outputs)])
+
+
+def check(op, exact_op, inputs, weights, roundings=3):
+    """Gradients of `op` against those of `exact_op` in float64; twice, for the same bits."""
+    found, again = (gradients(op, inputs, weights) for _ in range(2))
+    exact = gradients(exact_op, [x.double() for x in inputs], [w.double() for w in weights])
+    for x, ours, repeated, wanted in zip(inputs, found, again, exact):
+        assert ours.shape == x.shape and ours.dtype == x.dtype
+        assert torch.equal(ours, repeated)
+        bound = max(roundings * torch.finfo(weights[0].dtype).eps, 1e-6)
+        assert (ours.double() - wanted).norm() <= bound * wanted.norm()
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (2, 3, 100), (5, 1500)])
+def test_silu_mul(shape, dtype):
+    gate, up = randn(*shape[:-1], 2 * shape[-1], dtype=dtype).mul(4).chunk(2, dim=-1)
+    check(silu_mul_fwd, lambda g, u: F.silu(g) * u, (gate, up), [randn(*shape, dtype=dtype, seed=1)])
+
+
+def test_silu_mul_at_extremes():
+    gate = torch.tensor([-1e4, -90.0, 0.0, 90.0, 1e4])
+    found = check(silu_mul_fwd, lambda g, u: F.silu(g) * u, (gate, torch.ones(5)), [torch.ones(5)])
+    assert all(g.isfinite().all() for g in found)
+
+
+def exact_experts(x, experts, weights, gate_up, down, shared):
+    y = 0 if shared is None else shared
+    for slot in range(experts.shape[1]):
+        gate, up = torch.einsum("nd,nid->ni", x, gate_up[experts[:, slot]]).chunk(2, dim=1)
+        output = torch.einsum("ni,ndi->nd", F.silu(gate) * up, down[experts[:, slot]])
+        y = y + weights[:, slot, None] * output
+    return y
+
+
+def expert_inputs(N, E, k, D=32, I=24):
+    """x, weights, stacked experts, the shared experts' output; and which experts were chosen (never the last)."""
+    gate_up, down = randn(E, 2 * I, D, dtype=torch.bfloat16) * 0.2, randn(E, D, I, dtype=torch.bfloat16) * 0.2
+    experts = torch.rand(N, E - 1, generator=torch.Generator().manual_seed(1)).topk(k).indices
+    weights, shared = randn(N, k).abs(), randn(N, D, dtype=torch.bfloat16, seed=3)
+    return (randn(N, D, dtype=torch.bfloat16), weights, gate_up, down, shared), experts
+
+
+@pytest.mark.parametrize(("N", "E", "k"), [(1, 8, 3), (50, 8, 3), (40, 300, 4)])
+def test_grouped_experts(N, E, k):
+    inputs, experts = expert_inputs(N, E, k)
+
+    def ours(x, weights, *rest):
+        return grouped_experts_with_gradients(x, experts, weights, *rest)
+
+    def exact(x, weights, *rest):
+        return exact_experts(x, experts, weights, *rest)
+
+    found = check(ours, exact, inputs, [randn(N, 32, dtype=torch.bfloat16, seed=5)], roundings=5)
+    assert not found[2][-1].any() and not found[3][-1].any()  # nobody chose the last
+
+
+def test_grouped_experts_without_tokens():
+    inputs, experts = expert_inputs(0, 4, 2)
+    leaves = [x.requires_grad_() for x in inputs]
+    grouped_experts_with_gradients(leaves[0], experts, *leaves[1:]).sum().backward()
+    assert not leaves[2].grad.any() and not leaves[3].grad.any()
+
+
+def test_only_the_gradients_that_are_wanted():
+    """Frozen experts, and no shared expert."""
+    (x, weights, gate_up, down, _), experts = expert_inputs(9, 8, 3)
+    x.requires_grad_()
+    y = grouped_experts_with_gradients(x, experts, weights, gate_up, down, None)
+    y.float().square().sum().backward()
+    exact = x.detach().double().requires_grad_()
+    exact_experts(exact, experts, *(t.double() for t in (weights, gate_up, down)), None).square().sum().backward()
+    assert (x.grad.double() - exact.grad).norm() <= 6 * 2**-7 * exact.grad.norm()
+    assert gate_up.grad is None and down.grad is None and weights.grad is None
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_grouped_experts_checkpointed_and_compiled(use_reentrant):
+    """Recomputed, and as one graph: the bits of eager execution."""
+    inputs, experts = expert_inputs(9, 8, 3)
+    inputs = [x.requires_grad_() for x in inputs]
+
+    def op(x, weights, gate_up, down, shared):
+        return grouped_experts_with_gradients(x, experts, weights, gate_up, down, shared).float().square().sum()
+
+    plain = torch.autograd.grad(op(*inputs), inputs)
+    if use_reentrant:
+        compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+        assert all(torch.equal(a, b) for a, b in zip(plain, torch.autograd.grad(compiled(*inputs), inputs)))
+    checkpoint(op, *inputs, use_reentrant=use_reentrant).backward()
+    assert all(torch.equal(a, x.grad) for a, x in zip(plain, inputs))
