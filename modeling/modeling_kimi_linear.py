@@ -47,6 +47,7 @@ from .layers.norms import KimiRMSNorm
 from .layers.sequence_layout import PaddingLayout, cu_seqlens_of_restarts, position_ids_of_packed
 from .plain_modules import Noticing, reads_weights
 from .prompt.segments import forward_in_segments, takes_segments
+from .training.loss import loss_without_logits
 from .transformers_versions import CACHE_NAME, as_argument, name_language_model, one_cache, warn_outside_range
 
 logger = logging.get_logger(__name__)
@@ -384,6 +385,7 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiGenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         prompt_progress: Callable[[int, int], None] | None = None,
         cache: Cache | None = None,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """As `KimiLinearModel.forward`, and logits.
@@ -393,6 +395,9 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiGenerationMixin):
             logits_to_keep: compute logits of the last so many positions only (0: of all), or of these indices.
             prompt_progress: called with (tokens done, tokens of the prompt) after each segment of a long prompt; an
                 argument of `generate()` too.
+            skip_logits: with `labels`, whether to compute the loss without the logits of all tokens, and leave them
+                None. None: in training mode with gradients. Where the loss needs them (a loss function of your own, an
+                adapter on the head, a compiled graph) they are there.
 
         Returns:
             logits [B, T or logits_to_keep, vocab_size], the loss if `labels` are given, and what else was asked for.
@@ -415,11 +420,16 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiGenerationMixin):
                 prompt_progress=prompt_progress,
                 **kwargs,
             )
-            logits = self.lm_head(outputs.last_hidden_state[:, kept])
-            loss = None
+            hidden, loss, logits = outputs.last_hidden_state[:, kept], None, None
             if labels is not None:
-                check_labels(labels, *logits.shape, ignore_index=kwargs.get("ignore_index", -100))
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+                vocab_size, ignore_index = self.config.vocab_size, kwargs.get("ignore_index", -100)
+                check_labels(labels, *hidden.shape[:2], vocab_size, ignore_index=ignore_index)
+                if self._skips_logits() if skip_logits is None else skip_logits:
+                    loss = loss_without_logits(self, hidden, labels, **kwargs)
+            if loss is None:
+                logits = self.lm_head(hidden)
+            if loss is None and labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -428,6 +438,9 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiGenerationMixin):
             router_logits=outputs.router_logits,
             **as_argument(outputs.get(CACHE_NAME)),
         )
+
+    def _skips_logits(self) -> bool:
+        return self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
     @staticmethod
     def create_masks_for_generate(

@@ -14,7 +14,10 @@ pytest.importorskip("triton")
 from torch.utils.checkpoint import checkpoint
 
 from kimi_linear.kernels.prompt.expert_rows import silu_mul_fwd
+from kimi_linear.kernels.prompt.norms import add_rms_norm_fwd, gated_rms_norm_fwd, rms_norm_fwd
+from kimi_linear.kernels.training import norms as training_norms
 from kimi_linear.kernels.training.grouped_experts import grouped_experts_with_gradients
+from kimi_linear.kernels.training.linear_cross_entropy import cross_entropy_in_place
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -66,6 +69,41 @@ def test_silu_mul_at_extremes():
     gate = torch.tensor([-1e4, -90.0, 0.0, 90.0, 1e4])
     found = check(silu_mul_fwd, lambda g, u: F.silu(g) * u, (gate, torch.ones(5)), [torch.ones(5)])
     assert all(g.isfinite().all() for g in found)
+
+
+def exact_norm(x, weight):
+    return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
+
+
+NORM_SHAPES = [(0, 8), (1, 5), (2, 3, 100), (9, 24)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", NORM_SHAPES)
+def test_norms(shape, dtype, monkeypatch):
+    """Rows of a wider tensor, as latents are, and the gradient of the sum beside that of its norm; few programs."""
+    monkeypatch.setattr(training_norms, "_PROGRAMS", 2)
+    x, dy = randn(*shape[:-1], shape[-1] + 3, dtype=dtype)[..., 3:], randn(*shape, dtype=dtype, seed=1)
+    weight, residual = randn(shape[-1], dtype=dtype), randn(*shape, dtype=dtype, seed=2)
+    check(lambda x, w: rms_norm_fwd(x, w, 1e-5), exact_norm, (x, weight), [dy])
+    check(
+        lambda x, r, w: add_rms_norm_fwd(x, r, w, 1e-5),
+        lambda x, r, w: (exact_norm(x + r, w), x + r),
+        (x, residual, weight),
+        [dy, randn(*shape, dtype=dtype, seed=4)],
+    )
+    check(
+        lambda x, g, w: gated_rms_norm_fwd(x, g, w, 1e-5),
+        lambda x, g, w: exact_norm(x, w) * g.sigmoid(),
+        (x, residual, weight),
+        [dy],
+    )
+
+
+def test_a_norm_whose_sum_alone_is_used():
+    x, residual, weight = randn(3, 8).requires_grad_(), randn(3, 8, seed=1).requires_grad_(), torch.ones(8)
+    add_rms_norm_fwd(x, residual, weight.requires_grad_(), 1e-5)[1].sum().backward()
+    assert (x.grad == 1).all() and (residual.grad == 1).all() and weight.grad is None
 
 
 def exact_experts(x, experts, weights, gate_up, down, shared):
@@ -133,3 +171,20 @@ def test_grouped_experts_checkpointed_and_compiled(use_reentrant):
         assert all(torch.equal(a, b) for a, b in zip(plain, torch.autograd.grad(compiled(*inputs), inputs)))
     checkpoint(op, *inputs, use_reentrant=use_reentrant).backward()
     assert all(torch.equal(a, x.grad) for a, x in zip(plain, inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("V", [1, 7, 4096, 9000])
+def test_cross_entropy_in_place(V, dtype):
+    """Rows of ordinary, huge and -inf logits; the last is not counted."""
+    logits = randn(4, V, dtype=dtype) * 3
+    logits[1] *= 1e3
+    logits[2, 1:] = float("-inf")
+    labels = torch.tensor([V - 1, V // 2, 0, -100])
+    exact = logits.double().requires_grad_()
+    wanted = F.cross_entropy(exact, labels, reduction="none")
+    (gradient,) = torch.autograd.grad(wanted.sum(), exact)
+    losses = cross_entropy_in_place(logits, labels, -100)
+    assert torch.allclose(losses.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert (logits.double() - gradient).norm() <= max(2 * torch.finfo(dtype).eps, 1e-5) * gradient.norm() + 1e-30
+    assert not logits[3].any()

@@ -1,0 +1,54 @@
+"""The kernels of the backwards, compiled offline for the GPU classes they claim, at the released shapes."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from offline_compile import TARGETS, compiling, guarded_launches, resources
+
+from kimi_linear.kernels.gpu import launching as gpu_launching
+from kimi_linear.kernels.training import linear_cross_entropy as training_linear_cross_entropy
+from kimi_linear.kernels.training import norms as training_norms
+from kimi_linear.kernels.training import silu_mul as training_silu_mul
+
+KERNELS = [
+    training_norms.rms_norm_bwd_kernel, training_norms.gated_rms_norm_bwd_kernel,
+    training_silu_mul.silu_mul_bwd_kernel, training_linear_cross_entropy.cross_entropy_kernel,
+]  # fmt: skip
+
+
+def launch_all(dtype):
+    """One launch of every kernel as the released shape makes it."""
+    N, H = 8, 2304
+    x, weight, latents = (torch.empty(*shape, dtype=dtype) for shape in ((N, H), (H,), (N, 576)))
+    training_norms.rms_norm_bwd(x, x, x, weight, 1e-5)
+    training_norms.rms_norm_bwd(latents[:, :512], latents[:, :512], None, weight[:512], 1e-6)
+    heads = torch.empty(1, N, 32, 128, dtype=dtype)
+    training_norms.gated_rms_norm_bwd(heads, heads, heads, weight[:128], 1e-5)
+    hidden = torch.empty(N, 2048, dtype=dtype)
+    training_silu_mul.silu_mul_bwd(*hidden.chunk(2, dim=1), hidden[:, :1024])
+    training_silu_mul.weighted_silu_mul_bwd(hidden, hidden[:, :1024], torch.empty(N))
+    logits = torch.empty(N, 163840, dtype=dtype)
+    training_linear_cross_entropy.cross_entropy_in_place(logits, torch.zeros(N, dtype=torch.int64), -100)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("gpu", list(TARGETS))
+def test_compiles_without_spills(gpu, dtype, monkeypatch):
+    target = TARGETS[gpu]
+    with compiling(KERNELS, target, monkeypatch) as compiled:
+        launch_all(dtype)
+    assert {name for name, _ in compiled} == {kernel.__name__ for kernel in KERNELS}
+    for name, kernel in compiled:
+        registers, spilled = resources(kernel, target.backend)
+        print(f"{gpu:7} {dtype} {name:30} registers {registers:3} spilled {spilled:5} shared {kernel.metadata.shared}")
+        assert spilled == 0, (name, spilled)
+        assert kernel.metadata.shared <= 48 << 10
+
+
+def test_every_operator_launches_on_the_gpu_of_its_tensors(monkeypatch):
+    with guarded_launches(KERNELS, [gpu_launching], monkeypatch) as launches:
+        launch_all(torch.bfloat16)
+    assert {name for name, _ in launches} == {kernel.__name__ for kernel in KERNELS}
+    assert [name for name, guarded in launches if not guarded] == []
