@@ -15,6 +15,7 @@ import torch
 from ..gpu.launching import launches_beside_first_argument
 from ..gpu.operator_names import operator_namespace
 from ..gpu.sizes import padded, power_of_two
+from ..training.routing import differentiate_route
 from ..training.silu_mul import differentiate_silu_mul
 
 try:
@@ -139,6 +140,9 @@ def route_fwd(
 def _(logits, bias, top_k, renormalize, scaling, biased):
     shape = (logits.shape[0], top_k)
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
+
+
+differentiate_route(route_fwd)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::scatter_rows_fwd", mutates_args=())

@@ -1,7 +1,7 @@
 """
 Cross entropy of a linear head without the matrix of all logits, and its gradients.
 
-    z_n = weight h_n        loss = sum over n of logsumexp(z_n) - z_n[label_n]        dz_n = softmax(z_n) - onehot(label_n)
+    z_n = weight h_n      loss = sum over n of logsumexp(z_n) - z_n[label_n]      dz_n = softmax(z_n) - onehot(label_n)
 
 Tokens go in chunks whose logits fit `_CHUNK_BYTES`. The forward computes a chunk's logits once and turns them into dz
 in place, and from dz at once the chunk's part of both gradients: dh = dz weight, dweight = sum of dz h^T in fp32. The

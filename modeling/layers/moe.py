@@ -13,6 +13,7 @@ from ...kernels.gpu.availability import fused_path_serves, gradients_wanted
 from ...kernels.prompt.expert_rows import route_fwd, silu_mul_fwd
 from ...kernels.prompt.grouped_experts import grouped_experts, grouped_experts_serve
 from ...kernels.training.grouped_experts import grouped_experts_with_gradients
+from ...kernels.training.routing import router_logits
 from ..checkpoint.expert_rows import expect_filled, read_released_experts
 from ..plain_modules import Noticing, reads_weights, weights_are_plain
 from .fp32_parameters import keeping_fp32
@@ -144,6 +145,7 @@ class KimiTopkRouter(Noticing):
                 self.scaling_factor,
                 self.biased_weights,
             )
+            self._count(experts)
             return logits, weights, experts
         scores = logits.sigmoid()
         biased = scores + self.e_score_correction_bias.float()
@@ -151,8 +153,7 @@ class KimiTopkRouter(Noticing):
         weights = (biased if self.biased_weights else scores).gather(1, experts)
         if self.renormalize:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        if self.training and self._is_training_pass():
-            self._count(experts)
+        self._count(experts)
         return logits, weights * self.scaling_factor, experts
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -163,14 +164,14 @@ class KimiTopkRouter(Noticing):
         """
         half = hidden_states.dtype in (torch.bfloat16, torch.float16) and hidden_states.dtype == self.weight.dtype
         with torch.autocast(hidden_states.device.type, enabled=False):  # which would return half precision
-            if half and fused_path_serves(hidden_states, self.weight):
-                return torch.mm(hidden_states, self.weight.t(), out_dtype=torch.float32)
+            if half and fused_path_serves(hidden_states, self.weight, differentiable=True):
+                return router_logits(hidden_states, self.weight)
             return F.linear(hidden_states.float(), self.weight.float())
 
     def _takes_fused(self, logits: torch.Tensor) -> bool:
         chooses_groups = self.num_groups != self.topk_group
-        ours = not (self.training or chooses_groups) and logits.dtype == torch.float32
-        return ours and fused_path_serves(logits, self.e_score_correction_bias)
+        ours = not chooses_groups and logits.dtype == torch.float32
+        return ours and fused_path_serves(logits, self.e_score_correction_bias, differentiable=True)
 
     def _within_best_groups(self, biased: torch.Tensor) -> torch.Tensor:
         """Scores with -inf outside the `topk_group` groups whose two best experts score highest."""
@@ -187,8 +188,10 @@ class KimiTopkRouter(Noticing):
             return False  # inside backward()
         return torch.is_grad_enabled() or self.in_checkpoint
 
-    @torch.no_grad()
     def _count(self, experts: torch.Tensor) -> None:
+        """Add the tokens of each expert to the counts, in a pass that counts; experts [N, k]."""
+        if not (self.training and self._is_training_pass()):
+            return
         ones = torch.ones_like(experts.flatten())
         counts = ones.new_zeros(self.num_experts).scatter_add(0, experts.flatten(), ones)
         self.tokens_per_expert = counts if self.tokens_per_expert is None else self.tokens_per_expert + counts

@@ -10,11 +10,14 @@ from offline_compile import TARGETS, compiling, guarded_launches, resources
 from kimi_linear.kernels.gpu import launching as gpu_launching
 from kimi_linear.kernels.training import linear_cross_entropy as training_linear_cross_entropy
 from kimi_linear.kernels.training import norms as training_norms
+from kimi_linear.kernels.training import routing as training_routing
+from kimi_linear.kernels.training import short_convolution as training_short_convolution
 from kimi_linear.kernels.training import silu_mul as training_silu_mul
 
 KERNELS = [
     training_norms.rms_norm_bwd_kernel, training_norms.gated_rms_norm_bwd_kernel,
     training_silu_mul.silu_mul_bwd_kernel, training_linear_cross_entropy.cross_entropy_kernel,
+    training_short_convolution.short_conv_bwd_kernel, training_routing.route_bwd_kernel,
 ]  # fmt: skip
 
 
@@ -29,6 +32,13 @@ def launch_all(dtype):
     hidden = torch.empty(N, 2048, dtype=dtype)
     training_silu_mul.silu_mul_bwd(*hidden.chunk(2, dim=1), hidden[:, :1024])
     training_silu_mul.weighted_silu_mul_bwd(hidden, hidden[:, :1024], torch.empty(N))
+    inputs, taps = torch.empty(1, N, 4096, dtype=dtype), torch.empty(4096, 1, 4, dtype=dtype)
+    training_short_convolution.short_conv_bwd(inputs, inputs, taps, None)
+    training_short_convolution.short_conv_bwd(inputs, inputs, taps, torch.zeros(N, dtype=torch.int32))
+    chosen = torch.zeros(N, 8, dtype=torch.int64)
+    training_routing.route_bwd(
+        torch.empty(N, 8), torch.empty(N, 256), torch.empty(256, dtype=dtype), chosen, True, 2.446, False
+    )
     logits = torch.empty(N, 163840, dtype=dtype)
     training_linear_cross_entropy.cross_entropy_in_place(logits, torch.zeros(N, dtype=torch.int64), -100)
 

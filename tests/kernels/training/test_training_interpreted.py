@@ -13,11 +13,14 @@ pytest.importorskip("triton")
 
 from torch.utils.checkpoint import checkpoint
 
-from kimi_linear.kernels.prompt.expert_rows import silu_mul_fwd
+from kimi_linear.kernels.prompt.expert_rows import route_fwd, silu_mul_fwd
 from kimi_linear.kernels.prompt.norms import add_rms_norm_fwd, gated_rms_norm_fwd, rms_norm_fwd
+from kimi_linear.kernels.prompt.short_convolution import causal_short_conv
+from kimi_linear.kernels.prompt.short_convolution_kernel import short_conv_fwd
 from kimi_linear.kernels.training import norms as training_norms
 from kimi_linear.kernels.training.grouped_experts import grouped_experts_with_gradients
 from kimi_linear.kernels.training.linear_cross_entropy import cross_entropy_in_place
+from kimi_linear.kernels.training.routing import router_logits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -106,6 +109,54 @@ def test_a_norm_whose_sum_alone_is_used():
     assert (x.grad == 1).all() and (residual.grad == 1).all() and weight.grad is None
 
 
+def conv_ops(lengths=None, cu_seqlens=None):
+    """(the kernels, PyTorch): (y, new window) of x and weight."""
+
+    def ours(x, weight):
+        return short_conv_fwd(x, weight, None, lengths, cu_seqlens)
+
+    def exact(x, weight):
+        return causal_short_conv(x, weight, lengths=lengths, cu_seqlens=cu_seqlens)
+
+    return ours, exact
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("B", "T", "D", "W"), [(1, 1, 5, 4), (2, 7, 130, 4), (1, 131, 8, 4), (2, 9, 8, 1), (1, 20, 8, 6)]
+)
+def test_short_convolution(B, T, D, W, dtype):
+    """Strided inputs, and the gradient of the window that a sequence leaves."""
+    x, weight = randn(B, T, D + 3, dtype=dtype)[..., 3:], randn(D, 1, W, dtype=dtype)
+    weights = [randn(B, T, D, dtype=dtype, seed=1), randn(B, D, W - 1, dtype=dtype, seed=2)]
+    check(*conv_ops(), (x, weight), weights)
+
+
+def test_short_convolution_without_tokens():
+    x, weight = randn(2, 0, 8).requires_grad_(), randn(8, 1, 4).requires_grad_()
+    y, window = short_conv_fwd(x, weight, None, None, None)
+    (y.sum() + window.sum()).backward()
+    assert x.grad.shape == x.shape and not weight.grad.any()
+
+
+@pytest.mark.parametrize("cuts", [[0, 0, 1, 3, 9, 9, 20], [0, 20], [0, 2, 4, 6, 20]])
+def test_short_convolution_packed(cuts):
+    weights = [randn(1, 20, 8, seed=1), randn(len(cuts) - 1, 8, 3, seed=2)]
+    ops = conv_ops(cu_seqlens=torch.tensor(cuts, dtype=torch.int32))
+    check(*ops, (randn(1, 20, 8), randn(8, 1, 4)), weights)
+
+
+def test_short_convolution_of_padded_rows():
+    weights = [randn(4, 6, 8, seed=1), randn(4, 8, 3, seed=2)]
+    check(*conv_ops(lengths=torch.tensor([0, 2, 6, 4])), (randn(4, 6, 8), randn(8, 1, 4)), weights)
+
+
+def test_the_window_of_a_convolution_alone():
+    ours, exact = conv_ops()
+    x, weight = randn(1, 5, 8), randn(8, 1, 4)
+    check(lambda x: ours(x, weight)[1], lambda x: exact(x, weight.double())[1], (x,), [randn(1, 8, 3)])
+
+
 def exact_experts(x, experts, weights, gate_up, down, shared):
     y = 0 if shared is None else shared
     for slot in range(experts.shape[1]):
@@ -188,3 +239,29 @@ def test_cross_entropy_in_place(V, dtype):
     assert torch.allclose(losses.double(), wanted, rtol=1e-5, atol=1e-5)
     assert (logits.double() - gradient).norm() <= max(2 * torch.finfo(dtype).eps, 1e-5) * gradient.norm() + 1e-30
     assert not logits[3].any()
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize(("N", "E", "k"), [(0, 4, 2), (1, 5, 1), (9, 8, 3), (7, 300, 8)])
+def test_route(N, E, k, renormalize, biased):
+    logits, bias = randn(N, E) * 3, randn(E, seed=1) * 0.1
+    experts = route_fwd(logits, bias, k, renormalize, 2.4, biased)[1]
+
+    def exact(logits):
+        scores = logits.sigmoid()
+        values = (scores + bias.double() if biased else scores).gather(1, experts)
+        return 2.4 * (values / values.sum(1, keepdim=True) if renormalize else values)
+
+    # Renormalised, a weight's gradient is what is left of its own and the mean: some of the rounding's digits cancel.
+    check(lambda x: route_fwd(x, bias, k, renormalize, 2.4, biased)[0], exact, (logits,), [randn(N, k, seed=2)], 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_router_logits(dtype):
+    inputs = randn(9, 16, dtype=dtype), randn(5, 16, dtype=dtype)
+    found = gradients(router_logits, inputs, [randn(9, 5)])
+    exact = gradients(lambda h, w: h @ w.t(), [x.double() for x in inputs], [randn(9, 5).double()])
+    for ours, wanted in zip(found, exact):
+        assert ours.dtype == dtype
+        assert (ours.double() - wanted).norm() <= 2 * torch.finfo(dtype).eps * wanted.norm()
