@@ -14,7 +14,6 @@ machine of that kind on 2026-11-23, and `--native` measures them again, over few
 """
 
 import argparse
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -33,7 +32,7 @@ from benchmarks.full_model import (
     step_bytes,
 )
 from benchmarks.record import write
-from kimi_linear.modeling.decode.step import DecodeStep
+from kimi_linear.hub_card.measure.timing import NEW_TOKENS, WAYS, generate_ms, replay_ms
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
 
 # context x batch: (goal ms, native ms)
@@ -44,51 +43,9 @@ REFERENCE = {
     "1024x8": (8.0, 115.0),
     "1024x64": (28.0, 143.0),
 }
-WAYS = {
-    "greedy": {"do_sample": False, "eos_token_id": None},
-    "eos": {"do_sample": False, "eos_token_id": 163586},
-    "sampled": {"do_sample": True, "eos_token_id": 163586},
-}
-# New tokens of two runs whose difference is taken; few where one costs 100 ms.
-NEW_TOKENS = (8, 264)
+# As NEW_TOKENS, and fewer where one costs 100 ms.
 LARGE_BATCH, LARGE_BATCH_NEW_TOKENS = 64, (4, 36)
 NATIVE_NEW_TOKENS = (4, 20)
-_WARM_UP = 2
-
-
-def replay_ms(step: DecodeStep, cache: Any, repeats: int = 40) -> float:
-    """Median time of one step, which keeps reading and writing the cache at the same length."""
-    ids = torch.randint(0, 1000, (step.batch, step.tokens), device=step.device)
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with step.lock:
-            step.prepare(cache, ids)
-            start.record()
-            step.run()  # without `commit`: the next one begins at the same position
-            end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[repeats // 4 :])
-
-
-def generate_ms(model: Any, cache: Any, batch: int, new_tokens: tuple[int, int] = NEW_TOKENS, **options: Any) -> float:
-    """Time a token inside `generate()` over a filled cache, which it lengthens; a first call goes untimed."""
-    seconds = []
-    for count in (_WARM_UP, *new_tokens):
-        ids = torch.zeros(batch, cache.get_seq_length() + 1, dtype=torch.long, device=model.device)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        text = model.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, pad_token_id=0, max_new_tokens=count,
-            **options,
-        )  # fmt: skip
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-        if text.shape[1] != ids.shape[1] + count:
-            found = text.shape[1] - ids.shape[1]
-            raise SystemExit(f"the end token came after {found} of {count} tokens: choose another in WAYS")
-    return (seconds[2] - seconds[1]) / (new_tokens[1] - new_tokens[0]) * 1e3
 
 
 @torch.no_grad()

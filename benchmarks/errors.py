@@ -17,7 +17,6 @@ the largest difference, in units of the logits; `agreement` the share of positio
 import argparse
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from benchmarks.full_model import free_memory, random_model
 from benchmarks.record import write
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.hub_card.exporter import SMALL_CHECKPOINT
+from kimi_linear.hub_card.measure.timing import layer_by_layer
 from kimi_linear.hub_card.small_corpus import load_corpus
 from kimi_linear.modeling.cache.kimi_linear_cache import KimiLinearCache
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
@@ -44,16 +44,6 @@ def scaled_config() -> KimiLinearConfig:
     for key in ("kda_layers", "full_attn_layers"):
         pattern[key] = [layer for layer in pattern[key] if layer <= SCALED["num_hidden_layers"]]
     return KimiLinearConfig(**SCALED, **_SPECIAL_TOKENS, linear_attn_config=pattern, layer_types=None)
-
-
-@contextmanager
-def layer_by_layer(model: Any) -> Iterator[None]:
-    """Within it `model` takes no captured steps, for it has a hook."""
-    hook = model.register_forward_hook(lambda *_: None)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.decode import NATIVE_NEW_TOKENS, NEW_TOKENS, REFERENCE, WAYS, generate_ms, replay_ms
+from benchmarks.decode import NATIVE_NEW_TOKENS, NEW_TOKENS, REFERENCE
 from benchmarks.full_model import (
     cache_bytes,
     free_memory,
@@ -33,6 +33,7 @@ from benchmarks.full_model import (
     step_bytes,
 )
 from benchmarks.record import default_path, write
+from kimi_linear.hub_card.measure.timing import WAYS, generate_ms, replay_ms
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
 
 CONTEXTS = [4096, 16384, 65536, 131072, 262144, 524288, 1048576]

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .machine_cli import add_machine_commands
+
 PROGRAM = "python -m kimi_linear.hub_card"
 
 _EXPORT_DESCRIPTION = """\
@@ -92,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     server.set_defaults(run=_run_serve)
     server.add_argument("folder", type=Path, metavar="FOLDER", help="an exported folder with weights and tokenizer")
+    add_machine_commands(commands, PROGRAM)
     return parser
 
 

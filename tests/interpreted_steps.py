@@ -86,7 +86,8 @@ def frozen(monkeypatch):
         memo = {id(x): nn.Parameter(x.data, requires_grad=False) for x in model.parameters()}
         memo |= {id(x): x.detach() for x in model.buffers()}
         twin = copy.deepcopy(model, memo)
-        self.plan._model = lambda: twin
+        for plan in self.plans:
+            plan._model = lambda: twin
 
     monkeypatch.setattr(DecodeStep, "__init__", captured)
 

@@ -39,36 +39,38 @@ from ...kernels.decode.routing import decode_group, decode_route, most_blocks
 from ...kernels.gpu.classes import gpu_class
 from ...kernels.kda.configs import step_config
 from ...kernels.kda.step import kda_step_fwd
+from ..placement import LayerSpan
 
 
 class StepPlan:
-    """The launches of a step, and everything that passes between them.
+    """The launches of a step on one device, and everything that passes between them.
 
     Args:
-        model: a `KimiLinearForCausalLM` whose parameters are plain, of one dtype, on one device.
+        model: a `KimiLinearForCausalLM` whose parameters are plain, of one dtype, those of `span` on its device.
         batch: sequences.
         tokens: new tokens of each.
+        span: the layers that the plan runs; with the embedding before them or the head after them, if they are there.
 
     Attributes:
-        input_ids: [N] int64, N = batch * tokens: what the step runs.
+        input_ids: [N] int64, N = batch * tokens: what the step runs, if the span embeds.
+        x: [N, hidden_size], the hidden state that enters the span's layers, if it doesn't embed, and leaves them.
         table: [layers, 4] int64, for each layer addresses in the cache and distances between its sequences.
         past: [1] int64, positions that the cache holds; `launch` adds `tokens` at its end.
         lengths: [batch] int32, new tokens of each sequence that KDA layers take: `tokens`, or 0 to leave them alone.
-        logits: [N, vocab_size].
+        logits: [N, vocab_size], if the span has the head.
     """
 
-    def __init__(self, model: Any, batch: int, tokens: int) -> None:
+    def __init__(self, model: Any, batch: int, tokens: int, span: LayerSpan) -> None:
         self._model = weakref.ref(model)  # the model holds its steps; a cycle would keep its memory
-        self.batch, self.tokens = batch, tokens
+        self.batch, self.tokens, self.span = batch, tokens, span
         self.config: KimiLinearConfig = model.config
-        weight = model.lm_head.weight
-        self.device, self.dtype = weight.device, weight.dtype
-        self._upcast = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+        self.device, self.dtype = span.device, model.lm_head.weight.dtype
+        self._upcast = self.device.type == "cpu" and self.dtype == torch.bfloat16
         self._gpu = "sm_90"
-        if weight.device.type == "cuda":
-            capability = torch.cuda.get_device_capability(weight.device)
+        if self.device.type == "cuda":
+            capability = torch.cuda.get_device_capability(self.device)
             self._gpu = gpu_class(capability, torch.version.hip is not None)
-        self._pdl = weight.device.type == "cuda" and self._gpu in ("sm_90", "sm_100")
+        self._pdl = self.device.type == "cuda" and self._gpu in ("sm_90", "sm_100")
         self._allocate()
 
     def buffers(self) -> list[torch.Tensor]:
@@ -90,7 +92,7 @@ class StepPlan:
         widths = [3 * kda + 2 * config.linear_head_dim + config.linear_num_heads, 2 * config.intermediate_size]
         widths.append(heads * config.qk_head_dim + R + S)
         self.input_ids = torch.zeros(N, dtype=torch.int64, device=self.device)
-        self.table = torch.zeros(config.num_hidden_layers, 4, dtype=torch.int64, device=self.device)
+        self.table = torch.zeros(self.span.end - self.span.first, 4, dtype=torch.int64, device=self.device)
         self.past = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.x, self.normed = empty(N, H), empty(N, H)
         self.p, self.gates = empty(N, max(widths)), empty(N, 2 * kda)
@@ -103,8 +105,9 @@ class StepPlan:
         self.q_latent = empty(N, heads, R + S)
         self.partial = empty(N, splits, heads, R, dtype=torch.float32)
         self.partial_lse = empty(N, splits, heads, dtype=torch.float32)
-        self.logits = empty(N, self._model().lm_head.weight.shape[0])
-        if "sparse" in config.mlp_layer_types:
+        if self.span.has_head:
+            self.logits = empty(N, self._model().lm_head.weight.shape[0])
+        if "sparse" in config.mlp_layer_types[self.span.first : self.span.end]:
             E, topk, I = config.num_experts, config.num_experts_per_token, config.moe_intermediate_size
             shared = config.num_shared_experts
             self.router = empty(N, E, dtype=torch.float32)
@@ -129,24 +132,31 @@ class StepPlan:
 
         Each is compiled at its first launch.
         """
-        layers = self._model().model.layers
+        layers = self._layers()
         mixers = {layer.is_kda: i for i, layer in enumerate(layers)}
         mlps = {layer.is_moe: layer for layer in layers}
         return [
-            self._launch_head,
+            *([self._launch_head] if self.span.has_head else []),
             *(partial(self._launch_mixer, layers[i], self.table[i]) for i in mixers.values()),
             *(partial(self._launch_mlp, layer) for layer in mlps.values()),
         ]
 
+    def _layers(self) -> list[Any]:
+        """The decoder layers of the span."""
+        return list(self._model().model.layers)[
+            self.span.first : self.span.end
+        ]  # a slice of theirs registers them anew
+
     @torch.no_grad()
     def launch(self) -> None:
-        """Run the whole step on what `input_ids`, `table`, `past` and `lengths` hold."""
-        model = self._model().model
-        torch.index_select(model.embed_tokens.weight, 0, self.input_ids, out=self.x)
-        for layer, entry in zip(model.layers, self.table):
+        """Run the span on what `input_ids` or `x`, `table`, `past` and `lengths` hold."""
+        if self.span.embeds:
+            torch.index_select(self._model().model.embed_tokens.weight, 0, self.input_ids, out=self.x)
+        for layer, entry in zip(self._layers(), self.table):
             self._launch_mixer(layer, entry)
             self._launch_mlp(layer)
-        self._launch_head()
+        if self.span.has_head:
+            self._launch_head()
         self.past.add_(self.tokens)
 
     def _launch_mixer(self, layer: Any, entry: torch.Tensor) -> None:
@@ -160,18 +170,22 @@ class StepPlan:
 
     def _launch_head(self) -> None:
         model = self._model()
-        self._linear(self.x, [model.lm_head.weight], self.logits, norm=model.model.norm)
+        self._linear(self.x, [model.lm_head], self.logits, norm=model.model.norm)
 
     def _linear(
         self,
         x: torch.Tensor,
-        weights: list[torch.Tensor],
+        modules: list[Any],
         y: torch.Tensor,
         norm: Any = None,
         residual: torch.Tensor | None = None,
         **options: Any,
     ) -> None:
-        """y = the weights times `norm` of x, plus `residual`, which is y or None; `options` as `decode_linear`."""
+        """y = the modules' products of `norm` of x side by side, plus `residual`, which is y or None.
+
+        `modules` are linears without bias (or a router, whose `weight` is one); `options` are `decode_linear`'s.
+        """
+        weights = [module.weight for module in modules]
         columns, rows = weights[0].shape[1], sum(weight.shape[0] for weight in weights)
         if x.shape[0] == 1:
             config = gemv_config(columns, rows)
@@ -200,9 +214,9 @@ class StepPlan:
         inner = heads * K
         projections = [kda.q_proj, kda.k_proj, kda.v_proj, kda.f_a_proj, kda.g_a_proj, kda.b_proj]
         p = self._part(self.p, 3 * inner + 2 * K + heads)
-        self._linear(self.x, [module.weight for module in projections], p, norm)
+        self._linear(self.x, projections, p, norm)
         columns = (3 * inner, 3 * inner + K)
-        self._linear(p, [kda.f_b_proj.weight, kda.g_b_proj.weight], self.gates, x_columns=columns)
+        self._linear(p, [kda.f_b_proj, kda.g_b_proj], self.gates, x_columns=columns)
         q, k, v, _, beta = p.view(B, T, -1).split([inner, inner, inner, 2 * K, heads], dim=2)
         f, gate = self.gates.view(B, T, -1).chunk(2, dim=2)
         o = self._part(self.o, inner)
@@ -212,13 +226,13 @@ class StepPlan:
             A_log=kda.A_log, dt_bias=kda.dt_bias, norm_weight=kda.o_norm.weight, state=entry, lengths=self.lengths,
             scale=K**-0.5, eps=kda.o_norm.variance_epsilon, config=step_config(K, K), pdl=self._pdl,
         )  # fmt: skip
-        self._linear(o, [kda.o_proj.weight], self.x, residual=self.x)
+        self._linear(o, [kda.o_proj], self.x, residual=self.x)
 
     def _mla(self, mla: Any, norm: Any, entry: torch.Tensor) -> None:
         heads, V = self.config.num_attention_heads, mla.v_head_dim
         R, S = mla.kv_lora_rank, mla.qk_rope_head_dim
         p = self._part(self.p, heads * mla.qk_head_dim + R + S)
-        self._linear(self.x, [mla.q_proj.weight, mla.kv_a_proj_with_mqa.weight], p, norm)
+        self._linear(self.x, [mla.q_proj, mla.kv_a_proj_with_mqa], p, norm)
         latent_norm, o = mla.kv_a_layernorm, self._part(self.o, heads * V)
         decode_latent_attention(
             p, mla.kv_b_proj.weight, o.view(-1, heads, V),
@@ -226,16 +240,16 @@ class StepPlan:
             q=self.q_latent, partial=self.partial, partial_lse=self.partial_lse, tokens=self.tokens, shared=S,
             scale=mla.scaling, config=self._latent_config(), upcast=self._upcast, pdl=self._pdl,
         )  # fmt: skip
-        self._linear(o, [mla.o_proj.weight], self.x, residual=self.x)
+        self._linear(o, [mla.o_proj], self.x, residual=self.x)
 
     def _dense(self, mlp: Any, norm: Any) -> None:
         p = self._part(self.p, 2 * mlp.gate_proj.weight.shape[0])
-        self._linear(self.x, [mlp.gate_proj.weight, mlp.up_proj.weight], p, norm)
+        self._linear(self.x, [mlp.gate_proj, mlp.up_proj], p, norm)
         one = p.shape[0] == 1
         if not one:
             decode_gate(p, self._pdl)
         gated = {"gated": True} if one else {}
-        self._linear(p, [mlp.down_proj.weight], self.x, residual=self.x, **gated)
+        self._linear(p, [mlp.down_proj], self.x, residual=self.x, **gated)
 
     def _moe(self, moe: Any, norm: Any) -> None:
         router, experts, shared = moe.gate, moe.experts, moe.shared_experts
@@ -249,7 +263,7 @@ class StepPlan:
         }
         chosen, weights = self.chosen, self.expert_weights
         projections = shared and (shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight)
-        self._linear(x, [router.weight], self.router, norm)
+        self._linear(x, [router], self.router, norm)
         if x.shape[0] == 1:
             decode_expert_up(
                 x, self.router, self.h, chosen, weights, norm_weight=norm.weight, eps=norm.variance_epsilon, bias=bias,

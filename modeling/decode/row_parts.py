@@ -32,14 +32,14 @@ class RowParts:
         self._bounds = row_bounds(batch, most)
         self._steps = [find_step(end - begin, tokens) for begin, end in self._bounds]
         first = self._steps[0]
-        self.device, self.inputs = first.device, StepInputs(first.config, batch, first.dtype, first.device)
+        self.device, self.inputs = first.device, StepInputs(first.config, batch, first.dtype, first.spans)
         self._given: tuple[KimiLinearCache, torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None = None
         self._has_run = False
 
     @property
     def plans(self) -> list[StepPlan]:
         """Of the parts."""
-        return [step.plan for step in self._steps]
+        return [plan for step in self._steps for plan in step.plans]
 
     @property
     def lock(self) -> AbstractContextManager[None]:

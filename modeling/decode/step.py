@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from ...configuration.configuration_kimi_linear import KimiLinearConfig
-from ...kernels.gpu.compile_threads import run_in_threads
 from ..cache.kimi_linear_cache import KDACacheLayer, KimiLinearCache
 from ..generate.resume import NextLogits
+from ..placement import LayerSpan, layer_spans
 from .inputs import StepInputs
 from .plan import StepPlan
+from .step_part import StepPart
 
 # Most tokens (batch times new tokens) of one graph; larger batches are cut by rows (row_parts.py).
 MAX_STEP_TOKENS = 512
@@ -33,61 +34,44 @@ class DecodeStep:
     On a GPU the launches are captured at construction; elsewhere (Triton's interpreter) they run one by one.
 
     Args:
-        model: a `KimiLinearForCausalLM` whose parameters are plain, of one dtype, on one device.
+        model: a `KimiLinearForCausalLM` whose parameters are plain, of one dtype, each layer's on one device.
         batch: sequences.
         tokens: new tokens of each.
+
+    Attributes:
+        parts: one for each `LayerSpan` of the model, in the order of the layers.
+        device: of the embedding, where masks belong.
     """
 
     def __init__(self, model: Any, batch: int, tokens: int) -> None:
         self.batch, self.tokens = batch, tokens
         self.config: KimiLinearConfig = model.config
-        self.plan = StepPlan(model, batch, tokens)
-        self.device, self.dtype = self.plan.device, self.plan.dtype
-        self.inputs = StepInputs(self.config, batch, self.dtype, self.device)
-        self._streams: set[int] = set()
+        self.parts = [StepPart(model, batch, tokens, span) for span in layer_spans(model)]
+        self.device, self.dtype = self.parts[0].device, self.plan.dtype
+        self.inputs = StepInputs(self.config, batch, self.dtype, self.spans)
         self._lock = threading.Lock()
-        self._held: tuple[int, ...] | None = None  # what the table holds
         self._past_on_device = -1
         self._past_of_run = -1
-        self._was_conditional = False
-        self._done: torch.cuda.Event | None = None
-        self._graph: torch.cuda.CUDAGraph | None = None
-        if self.device.type == "cuda":
-            self._capture()
+
+    @property
+    def plan(self) -> StepPlan:
+        """Of the last part, whose logits are those of the step."""
+        return self.parts[-1].plan
 
     @property
     def plans(self) -> list[StepPlan]:
-        """The step's one plan, as `RowParts` has several."""
-        return [self.plan]
+        """Of all parts."""
+        return [part.plan for part in self.parts]
+
+    @property
+    def spans(self) -> list[LayerSpan]:
+        """Of all parts."""
+        return [part.span for part in self.parts]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers that pass between launches."""
-        return sum(x.nbytes for x in self.plan.buffers())
-
-    def _capture(self) -> None:
-        """Record the launches, on scratch memory in place of a cache."""
-        config, B = self.config, self.batch
-        K, heads = config.linear_head_dim, config.linear_num_heads
-        state = torch.zeros(B, heads, K, K, dtype=torch.float32, device=self.device)
-        window = torch.zeros(B, 3 * heads * K, config.linear_conv_kernel_dim - 1, dtype=self.dtype, device=self.device)
-        rows = torch.zeros(
-            B, self.tokens, config.kv_lora_rank + config.qk_rope_head_dim, dtype=self.dtype, device=self.device
-        )
-        for i, kind in enumerate(config.layer_types):
-            kda = kind == "linear_attention"
-            entry = (state.data_ptr(), window.data_ptr(), 0, 0) if kda else (rows.data_ptr(), rows.stride(0), 0, 0)
-            self.plan.table[i].copy_(torch.tensor(entry))
-        with torch.cuda.device(self.device):
-            run_in_threads(self.device, *self.plan.kinds_of_launches())  # in turn they take seven seconds and more
-            self.plan.launch()
-            self.plan.past.zero_()
-            torch.cuda.synchronize()
-            self._graph = torch.cuda.CUDAGraph()
-            stream = torch.cuda.Stream(self.device)  # PyTorch's own capture stream stays on the first GPU that had one
-            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-                self.plan.launch()
-            self._done = torch.cuda.Event()
+        return sum(x.nbytes for plan in self.plans for x in plan.buffers())
 
     def __call__(
         self, cache: KimiLinearCache, input_ids: torch.Tensor, mask: torch.Tensor | None = None
@@ -133,75 +117,38 @@ class DecodeStep:
         past = cache.get_seq_length()
         if first_row is None:
             self.inputs.check(cache, mask, past + self.tokens)
-        entries = self._entries(cache, mask, past + self.tokens, first_row or 0)
-        if self._done is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._done)  # of a run in another stream
-        held = tuple(entries)
-        if held != self._held:
-            # From pinned memory, or the host would wait for every step launched so far.
-            entry = torch.tensor(entries, pin_memory=self.device.type == "cuda")
-            self._held = None  # an interruption must not leave it saying what the table held before
-            self.plan.table.copy_(entry.view_as(self.plan.table), non_blocking=True)
-            self._held = held
+        for part in self.parts:
+            part.wait()
+            part.point_at(cache, mask, past + self.tokens, first_row or 0)
         if past != self._past_on_device:
             self._past_on_device = -1
-            self.plan.past.fill_(past)
+            for part in self.parts:
+                part.plan.past.fill_(past)
         self._past_on_device = self._past_of_run = past
-        if active is not None:
-            self._was_conditional = True
-            torch.mul(active.expand_as(self.plan.lengths), self.tokens, out=self.plan.lengths)
-        elif self._was_conditional:
-            self.plan.lengths.fill_(self.tokens)
-            self._was_conditional = False
-        self.plan.input_ids.copy_(input_ids.reshape(-1))
+        for part in self.parts:
+            part.condition(active)
+        self.parts[0].plan.input_ids.copy_(input_ids.reshape(-1))
         for layer in cache.layers:
             if isinstance(layer, KDACacheLayer):
                 layer.is_changing = True
 
-    def _entries(self, cache: KimiLinearCache, mask: torch.Tensor | None, length: int, first_row: int) -> list[int]:
-        """What the table is to hold, layer by layer, after making room for `length` positions."""
-        masked = (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))
-        entries: list[int] = []
-        for layer in cache.layers:
-            if isinstance(layer, KDACacheLayer):
-                state, window = layer.state[first_row:], layer.window[first_row:]
-                entries += (state.data_ptr(), window.data_ptr(), *self._recording_entry(layer, first_row))
-            else:
-                layer.reserve(length)
-                entries += (layer.storage[first_row:].data_ptr(), layer.storage.stride(0), *masked)
-        return entries
-
-    def _recording_entry(self, layer: KDACacheLayer, first_row: int) -> tuple[int, int]:
-        """(address of the first new token in the layer's recording or 0, elements between its sequences)."""
-        if not layer.record_past:
-            return 0, 0
-        layer.prepare_recording(self.tokens)
-        recording, heads, K = layer.recording, self.config.linear_num_heads, self.config.linear_head_dim
-        recording.allocate(layer.window, layer.window.shape[0], heads * (4 * K + 1))
-        return recording.inputs[first_row:, recording.length].data_ptr(), recording.inputs.stride(0)
-
     def run(self, copy: Callable[[torch.Tensor], torch.Tensor] = torch.clone) -> torch.Tensor:
         """`copy` of the logits [batch, tokens, vocab_size] after `prepare`; the next run overwrites the original."""
         self._past_on_device = -1  # until `commit`: an interruption leaves it unknown
-        stream = None if self._done is None else self._stream_of_run()
+        streams = [part.current_stream() for part in self.parts]
         try:
-            if self._graph is None:
-                self.plan.launch()
-            else:
-                self._graph.replay()
+            self._run_parts(0)
             return copy(self.plan.logits.view(self.batch, self.tokens, -1))
         finally:
-            if stream is not None:
-                self._done.record(stream)  # after the copy: a run in another stream waits for it too
+            for part, stream in zip(self.parts, streams):
+                part.mark_end(stream)  # after the copy: a run in another stream waits for it too
 
-    def _stream_of_run(self) -> torch.cuda.Stream:
-        """The current stream, in which the buffers are in use from now on: a step may be dropped while it runs."""
-        stream = torch.cuda.current_stream(self.device)
-        if stream.cuda_stream not in self._streams:
-            for buffer in self.plan.buffers():
-                buffer.record_stream(stream)
-            self._streams.add(stream.cuda_stream)
-        return stream
+    def _run_parts(self, first: int) -> None:
+        """Run the parts from `first` on, each on the hidden state that the one before it left."""
+        for i in range(first, len(self.parts)):
+            if i > 0:
+                self.parts[i].plan.x.copy_(self.parts[i - 1].plan.x, non_blocking=True)
+            self.parts[i].run()
 
     def commit(self, cache: KimiLinearCache) -> None:
         """Let `cache` count the tokens of the last `run`. Called again after an interruption, it goes on."""
@@ -216,7 +163,12 @@ class DecodeStep:
 
     def skip(self, cache: KimiLinearCache) -> None:
         """In place of `commit`, where the last `run` left `cache` as it was."""
-        for layer in cache.layers:
+        for part in self.parts:
+            self._leave(cache, part.span)
+
+    def _leave(self, cache: KimiLinearCache, span: LayerSpan) -> None:
+        """The layers of `span` are as they were before `prepare`."""
+        for layer in cache.layers[span.first : span.end]:
             if isinstance(layer, KDACacheLayer):
                 layer.is_changing = False
 
@@ -244,13 +196,14 @@ class DecodeStep:
 
     def take_back(self, cache: KimiLinearCache, past: int) -> bool:
         """After a failure: let `cache` have the `past` tokens that it had before `prepare`, if it can (see `undo`)."""
-        if self._graph is not None and not self._has_run():
-            self.skip(cache)  # a graph runs whole or not at all
+        for part in self.parts:
+            if part.runs_whole_or_not and not part.has_run(self._past_of_run):
+                self._leave(cache, part.span)
         return cache.undo(past)
 
     def _has_run(self) -> bool:
-        """Whether what was prepared has run to its end: the last launch counts the tokens on the device."""
-        return self._past_of_run >= 0 and int(self.plan.past) == self._past_of_run + self.tokens
+        """Whether what was prepared has run to its end."""
+        return all(part.has_run(self._past_of_run) for part in self.parts)
 
     @property
     def lock(self) -> threading.Lock:

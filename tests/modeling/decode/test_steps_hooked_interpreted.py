@@ -376,7 +376,7 @@ class Recorded:
 def test_the_event_follows_the_copy_of_the_logits(stepping, monkeypatch):
     model, notes = make_model(), []
     step = model._decode.step(model, 1, 1)
-    step._graph = step._done = Recorded(notes)
+    step.parts[0]._graph = step.parts[0]._done = Recorded(notes)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("Stream", (), {"cuda_stream": 5})())
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: notes.append("keep"))
     step.run(lambda logits: notes.append("copy"))
