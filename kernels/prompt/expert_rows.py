@@ -1,5 +1,5 @@
 """
-The mixture of experts around its two grouped matrix products, one pass each, for inference on GPUs.
+The mixture of experts around its two grouped matrix products, one pass each, on GPUs (gradients: kernels/training).
 
     route      the k best of E experts of each token, and their weights, from the router's logits
     scatter    x [M, D] -> rows [M k, D] in the order of their experts: each row is read once and written k times
@@ -15,6 +15,7 @@ import torch
 from ..gpu.launching import launches_beside_first_argument
 from ..gpu.operator_names import operator_namespace
 from ..gpu.sizes import padded, power_of_two
+from ..training.expert_rows import differentiate_rows
 from ..training.routing import differentiate_route
 from ..training.silu_mul import differentiate_silu_mul
 
@@ -208,6 +209,9 @@ def combine_rows_fwd(
 @combine_rows_fwd.register_fake
 def _(rows, position, weights, shared):
     return rows.new_empty(position.shape[0], rows.shape[1])
+
+
+differentiate_rows(scatter_rows_fwd, combine_rows_fwd)
 
 
 def _warps(elements: int) -> int:

@@ -100,6 +100,22 @@ def _(gate, up, dy):
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
+@torch.library.custom_op(f"{_NAMESPACE}::stacked_silu_mul_bwd", mutates_args=())
+@launches_beside_first_argument
+def stacked_silu_mul_bwd(hidden: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+    """dhidden [M, 2 I] for hidden [M, 2 I], gate before up, and dy [M, I]; fresh and contiguous."""
+    hidden, dy = _rows(hidden), _rows(dy)
+    dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    halves, dhalves = (x.split(dy.shape[1], dim=1) for x in (hidden, dhidden))
+    _launch(*halves, dy, None, *dhalves, None, None)
+    return dhidden
+
+
+@stacked_silu_mul_bwd.register_fake
+def _(hidden, dy):
+    return hidden.new_empty(hidden.shape)
+
+
 @torch.library.custom_op(f"{_NAMESPACE}::weighted_silu_mul_bwd", mutates_args=())
 @launches_beside_first_argument
 def weighted_silu_mul_bwd(
@@ -138,4 +154,4 @@ def differentiate_silu_mul(silu_mul_fwd: Any) -> None:
     silu_mul_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
-__all__ = ["differentiate_silu_mul", "silu_mul_bwd", "weighted_silu_mul_bwd"]
+__all__ = ["differentiate_silu_mul", "silu_mul_bwd", "stacked_silu_mul_bwd", "weighted_silu_mul_bwd"]

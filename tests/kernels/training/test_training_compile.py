@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 from offline_compile import TARGETS, compiling, guarded_launches, resources
 
 from kimi_linear.kernels.gpu import launching as gpu_launching
+from kimi_linear.kernels.training import expert_rows as training_expert_rows
 from kimi_linear.kernels.training import linear_cross_entropy as training_linear_cross_entropy
 from kimi_linear.kernels.training import norms as training_norms
 from kimi_linear.kernels.training import routing as training_routing
@@ -18,6 +19,7 @@ KERNELS = [
     training_norms.rms_norm_bwd_kernel, training_norms.gated_rms_norm_bwd_kernel,
     training_silu_mul.silu_mul_bwd_kernel, training_linear_cross_entropy.cross_entropy_kernel,
     training_short_convolution.short_conv_bwd_kernel, training_routing.route_bwd_kernel,
+    training_expert_rows.combine_rows_bwd_kernel,
 ]  # fmt: skip
 
 
@@ -35,6 +37,9 @@ def launch_all(dtype):
     inputs, taps = torch.empty(1, N, 4096, dtype=dtype), torch.empty(4096, 1, 4, dtype=dtype)
     training_short_convolution.short_conv_bwd(inputs, inputs, taps, None)
     training_short_convolution.short_conv_bwd(inputs, inputs, taps, torch.zeros(N, dtype=torch.int32))
+    rows, position = torch.empty(N * 8, H, dtype=dtype), torch.zeros(N, 8, dtype=torch.int32)
+    training_expert_rows.combine_rows_bwd(x, rows, position, torch.empty(N, 8))
+    training_silu_mul.stacked_silu_mul_bwd(hidden, hidden[:, :1024])
     chosen = torch.zeros(N, 8, dtype=torch.int64)
     training_routing.route_bwd(
         torch.empty(N, 8), torch.empty(N, 256), torch.empty(256, dtype=dtype), chosen, True, 2.446, False

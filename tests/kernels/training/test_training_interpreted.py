@@ -18,6 +18,7 @@ from kimi_linear.kernels.prompt.norms import add_rms_norm_fwd, gated_rms_norm_fw
 from kimi_linear.kernels.prompt.short_convolution import causal_short_conv
 from kimi_linear.kernels.prompt.short_convolution_kernel import short_conv_fwd
 from kimi_linear.kernels.training import norms as training_norms
+from kimi_linear.kernels.training.expert_adapters import LowRank, adapted_experts
 from kimi_linear.kernels.training.grouped_experts import grouped_experts_with_gradients
 from kimi_linear.kernels.training.linear_cross_entropy import cross_entropy_in_place
 from kimi_linear.kernels.training.routing import router_logits
@@ -186,6 +187,35 @@ def test_grouped_experts(N, E, k):
 
     found = check(ours, exact, inputs, [randn(N, 32, dtype=torch.bfloat16, seed=5)], roundings=5)
     assert not found[2][-1].any() and not found[3][-1].any()  # nobody chose the last
+
+
+@pytest.mark.parametrize("which", [(True, True), (True, False), (False, True)])
+def test_adapted_experts(which):
+    """Against experts whose weights have the adapters added; factors in fp32, B with its experts last, as in PEFT."""
+    (x, weights, gate_up, down, shared), experts = expert_inputs(30, 8, 3)
+    factors = [
+        randn(8, 8, 32) * 0.2,
+        randn(48, 8, 8) * 0.2,
+        randn(8, 8, 24, seed=1) * 0.2,
+        randn(32, 8, 8, seed=1) * 0.2,
+    ]
+
+    def parts(a1, b1, a2, b2):
+        return [(a1, b1.permute(2, 0, 1)), (a2, b2.permute(2, 0, 1))]
+
+    def ours(x, weights, shared, *factors):
+        adapters = [LowRank(*pair, 0.5) if on else None for pair, on in zip(parts(*factors), which)]
+        y = adapted_experts(x, experts, weights, gate_up, down, shared, *adapters)
+        return y, torch.stack([f.sum() for f in factors])  # so that all have a gradient
+
+    def exact(x, weights, shared, *factors):
+        adapted = [
+            w.double() + 0.5 * b @ a if on else w.double()
+            for w, (a, b), on in zip((gate_up, down), parts(*factors), which)
+        ]
+        return exact_experts(x, experts, weights, *adapted, shared), torch.stack([f.sum() for f in factors])
+
+    check(ours, exact, (x, weights, shared, *factors), [randn(30, 32, dtype=torch.bfloat16, seed=5), torch.zeros(4)], 6)
 
 
 def test_grouped_experts_without_tokens():
