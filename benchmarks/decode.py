@@ -1,7 +1,8 @@
 """Milliseconds a token of the full 48B shape on one GPU, beside transformers' native class and the limit.
 
     python -m benchmarks.decode [--cases 4096x1 131072x1 1048576x1 1024x8 1024x64] [--verify 4 8] [--profile 4096x1]
-                                [--all-mla] [--layers 16] [--native] [--out result.json]
+                                [--sizes [2 3 5 12]] [--lora 16] [--all-mla] [--layers 16] [--native]
+                                [--out result.json]
 
 The model has the released shape and random bf16 weights, drawn on the GPU; a case is CONTEXTxBATCH over a cache filled
 with random values. `step` is one replay of the captured step. `greedy`, `eos` and `sampled` are `generate()` as a user
@@ -10,7 +11,8 @@ sampling. `verify` are steps of several tokens, as speculative decoding takes th
 cache that can take tokens back. Limits are the bytes that a step must move at the GPU's read bandwidth, those of
 several tokens with experts chosen independently; `experts` is how many of them the last layer read in one step, so that
 collapsed random text can't flatter; peers are transformers 5.23.0 with fla 0.6.0, measured on another
-machine of that kind on 2026-11-23, and `--native` measures them again, over fewer tokens.
+machine of that kind on 2026-11-23, and `--native` measures them again, over fewer tokens. `--sizes` takes steps of many
+numbers of rows at 1k (decode_sizes.py); `--lora` gives the model an unmerged adapter before anything is measured.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.decode_sizes import BETWEEN, add_lora, measure_sizes, show_sizes
 from benchmarks.full_model import (
     free_memory,
     native_cache,
@@ -127,9 +130,11 @@ def show(rows: list[dict[str, Any]], native: dict[str, dict[str, Any]]) -> None:
 def main() -> None:
     """Parse the command line, run, print and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=list(REFERENCE), help="CONTEXTxBATCH")
+    parser.add_argument("--cases", nargs="*", default=list(REFERENCE), help="CONTEXTxBATCH")
     parser.add_argument("--verify", type=int, nargs="*", default=[], help="also steps of so many tokens, at batch 1")
     parser.add_argument("--profile", help="print one step of this case by kernel")
+    parser.add_argument("--sizes", type=int, nargs="*", help="also steps of so many rows at 1k (default: a sample)")
+    parser.add_argument("--lora", type=int, help="give the model an unmerged adapter of this rank")
     parser.add_argument("--all-mla", action="store_true", help="the same shape with MLA in every layer")
     parser.add_argument("--layers", type=int, help="only the first so many layers, for a smaller GPU (default: all)")
     parser.add_argument("--native", action="store_true", help="measure transformers' native class too")
@@ -137,9 +142,11 @@ def main() -> None:
     arguments = parser.parse_args()
     start = time.perf_counter()
     model = random_model(KimiLinearForCausalLM, released_config(arguments.all_mla, arguments.layers))
+    if arguments.lora:
+        add_lora(model, arguments.lora)
     torch.cuda.synchronize()
     print(f"weights drawn in {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
-    found: dict[str, list[dict[str, Any]]] = {"ours": [], "native": [], "profile": []}
+    found: dict[str, list[dict[str, Any]]] = {"ours": [], "native": [], "profile": [], "sizes": []}
 
     def add(part: str, *rows: dict[str, Any]) -> None:
         found[part] += rows
@@ -150,6 +157,8 @@ def main() -> None:
         print(found["ours"][-1], file=sys.stderr, flush=True)
     if arguments.profile:
         add("profile", *profile(model, arguments.profile))
+    if arguments.sizes is not None:
+        add("sizes", *measure_sizes(model, 1024, arguments.sizes or list(BETWEEN)))
     del model
     if arguments.native:
         free_memory()
@@ -158,6 +167,8 @@ def main() -> None:
             add("native", measure_native(peer, case))
             print(f"native: {found['native'][-1]}", file=sys.stderr, flush=True)
     show(found["ours"], {row["case"]: row for row in found["native"]})
+    if found["sizes"]:
+        show_sizes(found["sizes"])
     for kernel in found["profile"]:
         print(f"{kernel['us']:9.1f} us {kernel['calls']:5.0f} x  {kernel['kernel']}")
 

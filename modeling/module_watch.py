@@ -9,9 +9,12 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from .plain_adapters import AdapterSwitches
 from .plain_modules import Noticing, classes_are_as_listed, count_registrations, events
 
 _dtype_of = attrgetter("dtype")
+# No step depends on them, and RL loops change them around every rollout.
+_UNREAD = frozenset({"training", "gradient_checkpointing", "_recomputes"})
 _SCALARS = (bool, int, float, str, type(None), torch.device, torch.dtype)
 
 
@@ -29,8 +32,8 @@ class ModuleWatch:
         """Remember `model` as it is.
 
         Returns:
-            All that a captured step was made from, to compare with what an earlier call returned: classes, scalars on
-            the modules, and where each tensor is, its dtype, shape and strides.
+            All that a captured step was made from, but for `switches`, to compare with what an earlier call returned:
+            classes, scalars on the modules, and where each tensor is, its dtype, shape and strides.
         """
         count_registrations()
         self._events = events()  # first: what changes from here on is seen by the next look
@@ -47,18 +50,24 @@ class ModuleWatch:
         self._tables = [table for tables in members for table in tables if table] + list(itertools.chain(*hooks))
         self._tables += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
         self._table_copies = [dict(table) for table in self._tables]
+        self._adapters = AdapterSwitches(modules)
         self._config = model.config.__dict__
         self._config_copy = dict(self._config)
         tensors = [*model.parameters(), *model.buffers()]
         self._tensors = [x for x in tensors if type(x) in (nn.Parameter, torch.Tensor)]  # the others are never plain
         self._addresses, self._dtypes = self._where(self._tensors)
         scalars = [
-            {name: value for name, value in module.__dict__.items() if type(value) in _SCALARS}
+            {name: value for name, value in module.__dict__.items() if type(value) in _SCALARS and name not in _UNREAD}
             for module in modules
             if isinstance(module, Noticing)
         ]
         layouts = [(x.shape, x.stride()) for x in self._tensors]
         return list(map(type, modules)), scalars, self._addresses, self._dtypes, layouts
+
+    @property
+    def switches(self) -> tuple[Any, ...]:
+        """What adapters were switched to at the last `keep`; hashable."""
+        return self._adapters.key()
 
     @staticmethod
     def _where(tensors: list[torch.Tensor]) -> tuple[list[int], list[torch.dtype]]:
@@ -72,6 +81,7 @@ class ModuleWatch:
             and events() == self._events
             and list(map(len, self._leaves)) == self._leaf_lengths
             and _equal(self._config, self._config_copy)
+            and self._adapters.are_same()
             and classes_are_as_listed()
         )
 
@@ -88,6 +98,7 @@ class ModuleWatch:
             and list(map(len, self._dicts)) == self._lengths
             and _equal(self._tables, self._table_copies)
             and _equal(self._config, self._config_copy)
+            and self._adapters.are_same()
             and classes_are_as_listed()
             and self._where(self._tensors) == (self._addresses, self._dtypes)
             and all(map(torch.Tensor.is_contiguous, self._tensors))

@@ -27,8 +27,9 @@ look (`events`):
 - a field of the config: its dict is compared.
 What has no such sign is found by the whole look that opens every text: a parameter's `.data` set to another tensor, a
 `Linear` cast or moved by itself, entries written straight into `_parameters` or `_forward_hooks`. While the answer is
-not None every look is a whole one, so what is taken away is noticed too. PEFT's switches (set_adapter, disable_adapter,
-merge) need no sign: a module that PEFT wraps is never plain, and unwrapping it registers a module.
+not None every look is a whole one, so what is taken away is noticed too. A module that PEFT wraps is not plain; which
+wrappers captured steps can do all the same, and their switches (set_adapter, disable_adapter, merge), is in
+`plain_adapters`, and `ModuleWatch` compares the switches in every look.
 """
 
 import sys
@@ -119,6 +120,11 @@ def hanging(module: nn.Module) -> str | None:
         return f"is a {kind.__name__} (an adapter, quantised storage or a subclass)"
     if kind.forward is not listed or nn.Module.__call__ is not _call_of_modules:
         return f"is a {kind.__name__}, whose forward was replaced on the class"
+    return hung(module)
+
+
+def hung(module: nn.Module) -> str | None:
+    """`hanging` for a class that the caller knows: hooks, global ones too, and a forward replaced on the instance."""
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return "is called with global hooks (register_module_forward_hook)"
     held = module.__dict__
@@ -278,6 +284,7 @@ __all__ = [
     "foreign_methods",
     "hanging",
     "hanging_on_root",
+    "hung",
     "own_method",
     "reads_weights",
     "weights_are_plain",

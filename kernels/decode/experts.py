@@ -4,10 +4,11 @@ Decode step: the experts of one token, routed and shared, two launches.
     h_s   = silu(G_s x̂) (U_s x̂)        [G_s; U_s] = gate_up_proj[e], e the expert of choice s     [TOPK + NS, I]
     y    += sum_s w_s Y_s h_s           Y_s = down_proj[e]                                        [D]
 
-x̂ is the RMSNorm of x. The shared expert stands after the routed ones as NS choices of weight one, each I of its hidden
-channels. The first launch chooses the experts itself (every program anew: eight maxima over the router's logits cost
-less than a launch) and leaves choice and weight for the second. Sums are fp32 and rounded once. What is known before
-the router has spoken, the shared expert's weights, is loaded ahead (PDL, see decode_linear).
+x̂ is the RMSNorm of x. Adapters of the routed experts add B_e t to G x̂, U x̂ and Y h (expert_adapters.py). The shared
+expert stands after the routed ones as NS choices of weight one, each I of its hidden channels. The first launch chooses
+the experts itself (every program anew: eight maxima over the router's logits cost less than a launch) and leaves choice
+and weight for the second. Sums are fp32 and rounded once. What is known before the router has spoken, the shared
+expert's weights, is loaded ahead (PDL, see decode_linear).
 """
 
 import torch
@@ -16,6 +17,7 @@ from ..gpu.arithmetic import kda_sigmoid
 from ..gpu.launching import overlap_options
 from ..gpu.sizes import power_of_two
 from .configs import GemvConfig
+from .expert_adapters import decode_delta
 from .linear import decode_block, decode_input, decode_prefetch_vector, decode_products
 from .routing import decode_store_choice, decode_topk
 
@@ -29,8 +31,9 @@ except ImportError:
 @triton.jit
 def decode_expert_up_kernel(
     x, norm_weight, logits, bias, gate_up, shared_gate, shared_up, h, chosen, weights, eps, factor,
+    t, adapter, stride_e, stride_n, stride_r,
     E: tl.constexpr, BE: tl.constexpr, TOPK: tl.constexpr, BT: tl.constexpr, BIASED: tl.constexpr,
-    RENORMALIZE: tl.constexpr, D: tl.constexpr, I: tl.constexpr,
+    RENORMALIZE: tl.constexpr, D: tl.constexpr, I: tl.constexpr, RANK: tl.constexpr, BR: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of BN hidden channels, choice); the shared expert's choices come first."""
@@ -53,6 +56,7 @@ def decode_expert_up_kernel(
             decode_prefetch_vector(norm_weight, D)
             decode_prefetch_vector(bias, E)
         tl.extra.cuda.gdc_wait()
+    expert = i_slot * 0
     if i_shared < 0:
         b_chosen = decode_topk(logits, bias, E, BE, TOPK, BT)
         expert = tl.sum(tl.where(tl.arange(0, BT) == i_slot, b_chosen, 0), axis=0)
@@ -82,16 +86,21 @@ def decode_expert_up_kernel(
             b_g += decode_products(b_wg, b_x)
             b_u += decode_products(b_wu, b_x)
             b_ss += b_xx
-    b_gate, b_up = tl.sum(b_g, axis=1), tl.sum(b_u, axis=1)
     b_r = tl.rsqrt(tl.sum(b_ss, axis=0) / D + eps)
-    b_gate *= b_r
-    tl.store(h + i_slot * I + o_n, (b_gate * kda_sigmoid(b_gate) * b_up * b_r).to(h.dtype.element_ty), mask=m_n)
+    b_gate, b_up = tl.sum(b_g, axis=1) * b_r, tl.sum(b_u, axis=1) * b_r
+    if RANK > 0:
+        m_routed = m_n & (i_shared + o_n * 0 < 0)
+        t += i_slot * RANK
+        adapter += expert.to(tl.int64) * stride_e
+        b_gate += decode_delta(t, adapter, o_n, m_routed, stride_n, stride_r, RANK, BR)
+        b_up += decode_delta(t, adapter, I + o_n, m_routed, stride_n, stride_r, RANK, BR)
+    tl.store(h + i_slot * I + o_n, (b_gate * kda_sigmoid(b_gate) * b_up).to(h.dtype.element_ty), mask=m_n)
 
 
 @triton.jit
 def decode_expert_down_kernel(
-    h, chosen, weights, down, shared_down, y,
-    TOPK: tl.constexpr, NS: tl.constexpr, D: tl.constexpr, I: tl.constexpr,
+    h, chosen, weights, down, shared_down, y, t, adapter, stride_e, stride_n, stride_r,
+    TOPK: tl.constexpr, NS: tl.constexpr, D: tl.constexpr, I: tl.constexpr, RANK: tl.constexpr, BR: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program: BN of the D outputs. y holds the residual and is added to."""
@@ -116,6 +125,9 @@ def decode_expert_down_kernel(
                 b_w = decode_block(p_w, o_i, m_n, I)
                 b_h = tl.load(h + i_slot * I + o_i, mask=o_i < I, other=0.0).to(tl.float32) * weight
                 b_y += decode_products(b_w, b_h)
+        if RANK > 0:
+            p_b = adapter + expert * stride_e
+            b_out += weight * decode_delta(t + i_slot * RANK, p_b, o_n, m_n, stride_n, stride_r, RANK, BR)
     if NS > 0:
         b_h = tl.load(h + TOPK * I + o_k, mask=o_k < NS * I, other=0.0).to(tl.float32)
         b_y += decode_products(b_first, b_h)
@@ -141,6 +153,7 @@ def decode_expert_up(
     factor: float,
     biased: bool,
     renormalize: bool,
+    adapter: tuple[torch.Tensor, torch.Tensor] | None = None,
     pdl: bool = False,
 ) -> None:
     """
@@ -152,16 +165,21 @@ def decode_expert_up(
         gate_up: [E, 2 I, D] contiguous.
         shared: gate and up projections [NS I, D] of the shared expert, or None.
         factor, biased, renormalize: see decode/routing.py.
+        adapter: t [TOPK, R] and B [E, 2 I, R] of decode/expert_adapters.py, or None.
         config: for rows of D columns.
         pdl: launch programmatically dependent (see decode_linear).
     """
     E, rows, D = gate_up.shape
     I, TOPK = rows // 2, chosen.numel()
     shared_gate, shared_up = shared or (gate_up, gate_up)
+    t, up = adapter or (h, gate_up)
+    RANK = 0 if adapter is None else up.shape[2]
     decode_expert_up_kernel[(triton.cdiv(I, config.BN), h.shape[0])](
         x, norm_weight, logits, bias, gate_up, shared_gate, shared_up, h, chosen, weights, eps, factor,
+        t, up, *up.stride(),
         E=E, BE=power_of_two(E), TOPK=TOPK, BT=power_of_two(TOPK), BIASED=biased,
-        RENORMALIZE=renormalize, D=D, I=I, BN=config.BN, BK=config.BK, UNROLL=config.UNROLL, PDL=pdl,
+        RENORMALIZE=renormalize, D=D, I=I, RANK=RANK, BR=power_of_two(RANK),
+        BN=config.BN, BK=config.BK, UNROLL=config.UNROLL, PDL=pdl,
         num_warps=config.num_warps, **overlap_options(pdl),
     )  # fmt: skip
 
@@ -174,18 +192,22 @@ def decode_expert_down(
     shared_down: torch.Tensor | None,
     y: torch.Tensor,
     config: GemvConfig,
+    adapter: tuple[torch.Tensor, torch.Tensor] | None = None,
     pdl: bool = False,
 ) -> None:
     """
     Add the experts' outputs to y [D], which holds the residual.
 
     h [TOPK + NS, I], chosen, weights as `decode_expert_up` left them; down [E, D, I] contiguous; shared_down [D, NS I]
-    or None; config for rows of I columns; pdl as there.
+    or None; config for rows of I columns; adapter: t [TOPK, R] and B [E, D, R], or None; pdl as there.
     """
     (_, D, I), TOPK = down.shape, chosen.numel()
+    t, up = adapter or (h, down)
+    RANK = 0 if adapter is None else up.shape[2]
     decode_expert_down_kernel[(triton.cdiv(D, config.BN),)](
-        h, chosen, weights, down, down if shared_down is None else shared_down, y,
-        TOPK=TOPK, NS=h.shape[0] - TOPK, D=D, I=I, BN=config.BN, BK=config.BK, UNROLL=config.UNROLL, PDL=pdl,
+        h, chosen, weights, down, down if shared_down is None else shared_down, y, t, up, *up.stride(),
+        TOPK=TOPK, NS=h.shape[0] - TOPK, D=D, I=I, RANK=RANK, BR=power_of_two(RANK),
+        BN=config.BN, BK=config.BK, UNROLL=config.UNROLL, PDL=pdl,
         num_warps=config.num_warps, **overlap_options(pdl),
     )  # fmt: skip
 

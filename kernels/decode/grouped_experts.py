@@ -8,14 +8,16 @@ Decode step: the experts of several tokens, grouped by expert (decode/routing.py
 The shared expert is NS more choices of weight one that every token takes, each I of its hidden channels; their pairs
 stand after the routed ones, choice by choice. One program of the first two launches takes one block of pairs of one
 expert and a tile of its outputs, on tensor cores with fp32 sums. z is rounded to the model's dtype, as in the released
-code; the last sum is fp32.
+code; the last sum is fp32. Adapters of the routed experts add B_e t to G x_n, U x_n and Y h (expert_adapters.py).
 """
 
 import torch
 
 from ..gpu.arithmetic import kda_dot, kda_sigmoid
 from ..gpu.launching import overlap_options
+from ..gpu.sizes import padded
 from .configs import SkinnyConfig
+from .expert_adapters import ExpertFactors, decode_delta_rows, decode_grouped_adapter
 
 try:
     import triton
@@ -45,8 +47,9 @@ def decode_pairs(pairs, experts, i_block, M, TOPK: tl.constexpr, NS: tl.constexp
 
 @triton.jit(do_not_specialize=["M"])
 def decode_grouped_up_kernel(
-    x, pairs, experts, n_blocks, gate_up, shared_gate, shared_up, h, M, stride_x,
-    TOPK: tl.constexpr, NS: tl.constexpr, D: tl.constexpr, I: tl.constexpr,
+    x, pairs, experts, n_blocks, gate_up, shared_gate, shared_up, h, t, adapter, M, stride_x,
+    stride_e, stride_n, stride_r,
+    TOPK: tl.constexpr, NS: tl.constexpr, D: tl.constexpr, I: tl.constexpr, RANK: tl.constexpr, BR: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of BN hidden channels, block of pairs)."""
@@ -82,14 +85,19 @@ def decode_grouped_up_kernel(
         b_x = tl.load(p_x + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
         b_g = kda_dot(b_x, tl.trans(b_wg), b_g, gate_up.dtype.element_ty, "ieee", UPCAST)
         b_u = kda_dot(b_x, tl.trans(b_wu), b_u, gate_up.dtype.element_ty, "ieee", UPCAST)
+    if RANK > 0:
+        m_t = m_m & (i_shared + b_row * 0 < 0)
+        adapter += expert * stride_e
+        b_g = decode_delta_rows(b_g, t, adapter, b_row, m_t, o_n, m_n, stride_n, stride_r, RANK, BR)
+        b_u = decode_delta_rows(b_u, t, adapter, b_row, m_t, I + o_n, m_n, stride_n, stride_r, RANK, BR)
     b_h = b_g * kda_sigmoid(b_g) * b_u
     tl.store(h + b_row[:, None] * I + o_n[None, :], b_h.to(h.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
 @triton.jit(do_not_specialize=["M"])
 def decode_grouped_down_kernel(
-    h, pairs, experts, n_blocks, down, shared_down, z, M,
-    TOPK: tl.constexpr, NS: tl.constexpr, D: tl.constexpr, I: tl.constexpr,
+    h, pairs, experts, n_blocks, down, shared_down, z, t, adapter, M, stride_e, stride_n, stride_r,
+    TOPK: tl.constexpr, NS: tl.constexpr, D: tl.constexpr, I: tl.constexpr, RANK: tl.constexpr, BR: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of BN outputs, block of pairs)."""
@@ -116,6 +124,10 @@ def decode_grouped_down_kernel(
         b_w = tl.load(p_w + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)
         b_h = tl.load(p_h + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
         b_z = kda_dot(b_h, tl.trans(b_w), b_z, down.dtype.element_ty, "ieee", UPCAST)
+    if RANK > 0:
+        m_t = m_m & (i_shared + b_row * 0 < 0)
+        adapter += expert * stride_e
+        b_z = decode_delta_rows(b_z, t, adapter, b_row, m_t, o_n, m_n, stride_n, stride_r, RANK, BR)
     tl.store(z + b_row[:, None] * D + o_n[None, :], b_z.to(z.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
@@ -151,6 +163,8 @@ def decode_grouped_experts(
     h: torch.Tensor,
     z: torch.Tensor,
     configs: tuple[SkinnyConfig, SkinnyConfig],
+    adapters: tuple[ExpertFactors | None, ExpertFactors | None] = (None, None),
+    t: torch.Tensor | None = None,
     upcast: bool = False,
     pdl: bool = False,
 ) -> None:
@@ -165,6 +179,8 @@ def decode_grouped_experts(
         shared: gate, up and down projections [NS I, D], [NS I, D] and [D, NS I] of the shared expert, or None.
         h, z: workspaces [M (TOPK + NS), I] and [M (TOPK + NS), D] in x's dtype.
         configs: for rows of D and of I columns; their BM is the groups'.
+        adapters: of gate_up and of down, or None.
+        t: workspace fp32 [M TOPK, at least the adapters' larger rank], contiguous; None without adapters.
         upcast: multiply bf16 as fp32 (for Triton's interpreter).
         pdl: launch programmatically dependent (see decode_linear).
     """
@@ -173,19 +189,33 @@ def decode_grouped_experts(
     shared_gate, shared_up, shared_down = shared or (gate_up, gate_up, down)
     NS = 0 if shared is None else shared_down.shape[1] // I
     up, out = configs
+    up_adapter, out_adapter = adapters
     blocks = experts.numel() + NS * triton.cdiv(M, up.BM)
     common = {"TOPK": TOPK, "NS": NS, "I": I, "UPCAST": upcast, "PDL": pdl, **overlap_options(pdl)}
+    if up_adapter is not None:
+        decode_grouped_adapter(x, up_adapter, t, groups, TOPK, upcast, pdl)
+    factor, RANK = _up_factor(up_adapter, gate_up)
     decode_grouped_up_kernel[(triton.cdiv(I, up.BN), blocks)](
-        x, pairs, experts, n_blocks, gate_up, shared_gate, shared_up, h, M, x.stride(0),
-        D=D, BM=up.BM, BN=up.BN, BK=up.BK, STAGES=up.num_stages, num_warps=up.num_warps, **common,
+        x, pairs, experts, n_blocks, gate_up, shared_gate, shared_up, h, t, factor, M, x.stride(0), *factor.stride(),
+        D=D, RANK=RANK, BR=padded(RANK),
+        BM=up.BM, BN=up.BN, BK=up.BK, STAGES=up.num_stages, num_warps=up.num_warps, **common,
     )  # fmt: skip
+    if out_adapter is not None:
+        decode_grouped_adapter(h, out_adapter, t, groups, 1, upcast, pdl)
+    factor, RANK = _up_factor(out_adapter, down)
     decode_grouped_down_kernel[(triton.cdiv(D, out.BN), blocks)](
-        h, pairs, experts, n_blocks, down, shared_down, z, M,
-        D=D, BM=out.BM, BN=out.BN, BK=out.BK, STAGES=out.num_stages, num_warps=out.num_warps, **common,
+        h, pairs, experts, n_blocks, down, shared_down, z, t, factor, M, *factor.stride(),
+        D=D, RANK=RANK, BR=padded(RANK),
+        BM=out.BM, BN=out.BN, BK=out.BK, STAGES=out.num_stages, num_warps=out.num_warps, **common,
     )  # fmt: skip
     decode_combine_kernel[(M, triton.cdiv(D, 512))](
         z, weights, y, M, TOPK=TOPK, NS=NS, D=D, BD=512, PDL=pdl, num_warps=4, **overlap_options(pdl)
     )
+
+
+def _up_factor(adapter: ExpertFactors | None, weight: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """(B, its rank); the weight, which is then not read as such, and 0 without an adapter."""
+    return (weight, 0) if adapter is None else (adapter.up, adapter.up.shape[2])
 
 
 __all__ = [

@@ -24,7 +24,13 @@ from ..gpu.sizes import padded
 from .attend import decode_attend, decode_share
 from .configs import SKINNY_TOKENS, LatentConfig
 from .linear import decode_prefetch_vector
-from .products import library_absorb, library_values
+from .products import (
+    LowRank,
+    library_absorb,
+    library_absorb_adapter,
+    library_values,
+    library_values_adapter,
+)
 
 try:
     import triton
@@ -135,6 +141,7 @@ def decode_latent_attention(
     shared: int,
     scale: float,
     config: LatentConfig,
+    adapter: LowRank | None = None,
     upcast: bool = False,
     pdl: bool = False,
 ) -> None:
@@ -152,6 +159,7 @@ def decode_latent_attention(
         shared: S, width of the shared key.
         scale: of the scores.
         config: for H heads over latents of R.
+        adapter: of kv_b, see `library_absorb_adapter`; or None.
         upcast: multiply bf16 as fp32 (for Triton's interpreter).
         pdl: launch programmatically dependent (see decode_linear), and prefetch to the L2 (both from sm_90 on).
     """
@@ -166,6 +174,8 @@ def decode_latent_attention(
     )  # fmt: skip
     if many:
         library_absorb(p, kv_b, q, K)
+    if adapter is not None:
+        library_absorb_adapter(p, adapter, q, K)
     decode_attend(
         q, table, past, partial, partial_lse, tokens=tokens, scale=scale, config=config, upcast=upcast, pdl=pdl
     )
@@ -178,12 +188,14 @@ def decode_latent_attention(
     if many:
         latent = q[:, :, :R].copy_(partial[:, 0])  # the queries are done with; rounded, as the layers round it
         library_values(latent, kv_b, o)
-        return
-    BV = min(32, padded(V))
-    decode_value_kernel[(M, H, triton.cdiv(V, BV))](
-        partial, kv_b, o,
-        H=H, K=K, V=V, R=R, SPLITS=splits, BR=BR, BV=BV, PDL=pdl, num_warps=4, **overlap_options(pdl),
-    )  # fmt: skip
+    else:
+        BV = min(32, padded(V))
+        decode_value_kernel[(M, H, triton.cdiv(V, BV))](
+            partial, kv_b, o,
+            H=H, K=K, V=V, R=R, SPLITS=splits, BR=BR, BV=BV, PDL=pdl, num_warps=4, **overlap_options(pdl),
+        )  # fmt: skip
+    if adapter is not None:
+        library_values_adapter(partial[:, 0], adapter, o)
 
 
 __all__ = ["decode_absorb_kernel", "decode_join_kernel", "decode_latent_attention", "decode_value_kernel"]

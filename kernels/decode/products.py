@@ -5,11 +5,15 @@ Decode step of many tokens: matrix products by the library, which tiles over tok
     q_h  = [W_k,h^T q_nope, q_shared]                queries to latent space, a product a head
     o_h  = W_v,h a_h                                 latent outputs to values, a product a head
 
+An adapter of kv_b_proj adds scale B A to W_k and W_v, for any number of tokens by the library too.
+
 The kernels of a few tokens (linear.py, latent.py) read the weights again for each block of tokens, which is bound by
 the L2 from some hundred tokens on. N tokens, H heads, D and V widths of keys and values, R latent rank, S shared key.
 """
 
 import torch
+
+LowRank = tuple[torch.Tensor, torch.Tensor, float]
 
 
 @torch.no_grad()
@@ -61,4 +65,38 @@ def library_values(latent: torch.Tensor, kv_b: torch.Tensor, o: torch.Tensor) ->
     torch.bmm(latent.transpose(0, 1), values.transpose(1, 2), out=o.transpose(0, 1))
 
 
-__all__ = ["library_absorb", "library_linear", "library_values"]
+@torch.no_grad()
+def library_absorb_adapter(p: torch.Tensor, adapter: LowRank, q: torch.Tensor, D: int) -> None:
+    """Add scale A^T B_k,h^T q_nope to q, for any number of tokens; shapes as for `library_absorb`.
+
+    Args:
+        p: the queries.
+        adapter: of kv_b: A [r, R], B [H (D + V), r] and the scale, factors of one dtype.
+        q: what `library_absorb` or its kernel wrote.
+        D: see there.
+    """
+    down, up, scale = adapter
+    (N, H, width), R = q.shape, down.shape[1]
+    queries = p[:, : H * (D + width - R)].view(N, H, -1)[:, :, :D].to(up.dtype)
+    low_rank = torch.bmm(queries.transpose(0, 1), up.view(H, -1, up.shape[1])[:, :D])  # [H, N, r]
+    q[:, :, :R].add_((low_rank @ down).transpose(0, 1), alpha=scale)
+
+
+@torch.no_grad()
+def library_values_adapter(latent: torch.Tensor, adapter: LowRank, o: torch.Tensor) -> None:
+    """Add scale B_v,h A a_h to o [N, H, V], for latent outputs a [N, H, R] of any dtype; adapter as above."""
+    down, up, scale = adapter
+    H, V = o.shape[1:]
+    low_rank = (latent.to(down.dtype) @ down.t()).transpose(0, 1)  # [H, N, r]
+    values = up.view(H, -1, up.shape[1])[:, -V:]
+    o.add_(torch.bmm(low_rank, values.transpose(1, 2)).transpose(0, 1), alpha=scale)
+
+
+__all__ = [
+    "LowRank",
+    "library_absorb",
+    "library_absorb_adapter",
+    "library_linear",
+    "library_values",
+    "library_values_adapter",
+]

@@ -16,6 +16,7 @@ from ..cache.kimi_linear_cache import KimiLinearCache
 from ..checkpoint.packed_modules import packed_formats
 from ..layers.moe import KimiTopkRouter
 from ..module_watch import ModuleWatch
+from ..plain_adapters import adapter_misfit, adapter_of, adapter_parts, wraps
 from ..plain_modules import Noticing, foreign_methods, hanging
 from .row_parts import RowParts
 from .shapes import released_shapes
@@ -34,7 +35,10 @@ class DecodePath:
     """The captured steps of one model, and whether it can use them. Copies and pickles of it are empty."""
 
     def __init__(self) -> None:
-        self._steps: OrderedDict[tuple[int, int], DecodeStep] = OrderedDict()
+        # By what adapters are switched to (a number in `_states`), batch and new tokens.
+        self._steps: OrderedDict[tuple[int, int, int], DecodeStep] = OrderedDict()
+        self._states: dict[int, tuple[Any, ...]] = {}
+        self._state = 0
         self._watch = ModuleWatch()
         self._made_from: tuple[Any, ...] | None = None
         self._reason: str | None = "not looked at yet"
@@ -72,9 +76,26 @@ class DecodePath:
                 if made_from != self._made_from:
                     self._steps.clear()
                     self._made_from = made_from
+                self._enter_state(self._watch.switches)
                 self._reason = _lasting_reason(model)
             self._look_is_due = False
             return self._reason
+
+    def _enter_state(self, switches: tuple[Any, ...]) -> None:
+        """Find the steps that were made while adapters were switched so; those made otherwise are kept as well."""
+        held = {state for state, _, _ in self._steps}
+        self._states = {state: kept for state, kept in self._states.items() if state in held}
+        found = [state for state, kept in self._states.items() if kept == switches]
+        self._state = found[0] if found else max(self._states, default=0) + 1
+        self._states[self._state] = switches
+
+    def free(self) -> None:
+        """Drop all steps: their graphs and buffers, and what was kept to tell whether they still serve."""
+        with self._lock:
+            self._steps.clear()
+            self._states.clear()
+            self._watch, self._made_from = ModuleWatch(), None
+            self._reason, self._look_is_due = "not looked at yet", True
 
     def step(self, model: Any, batch: int, tokens: int) -> DecodeStep | RowParts | None:
         """The step for `tokens` new tokens of `batch` sequences, captured if need be, or None (see `reason`)."""
@@ -86,12 +107,13 @@ class DecodePath:
 
     def _kept_step(self, model: Any, batch: int, tokens: int) -> DecodeStep:
         with self._lock:
-            step = self._steps.get((batch, tokens))
+            key = self._state, batch, tokens
+            step = self._steps.get(key)
             if step is None:
-                step = self._steps[batch, tokens] = DecodeStep(model, batch, tokens)
+                step = self._steps[key] = DecodeStep(model, batch, tokens)
                 while len(self._steps) > 1 and sum(kept.nbytes for kept in self._steps.values()) > _KEPT_BYTES:
                     self._steps.popitem(last=False)
-            self._steps.move_to_end((batch, tokens))
+            self._steps.move_to_end(key)
             return step
 
 
@@ -130,8 +152,15 @@ def _lasting_reason(model: Any) -> str | None:
         return "experts are chosen by group"
     if formats := packed_formats(model):
         return f"packed weights: no kernels for {' and '.join(formats)} yet"
+    parts: set[int] = set()  # modules inside of wrappers
     for name, module in model.named_modules():
-        what = None if module is model else hanging(module) or _changed_scalar(module, config)
+        if module is model or id(module) in parts:
+            continue
+        if wraps(module):
+            parts.update(map(id, adapter_parts(module)))
+            what = adapter_misfit(module)
+        else:
+            what = hanging(module) or _changed_scalar(module, config)
         if what is not None:
             return f"{name} {what}"
     return _foreign_tensor(model)
@@ -167,7 +196,12 @@ def _foreign_tensor(model: Any) -> str | None:
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"parameters are {dtype}"
     shapes = released_shapes(model.config)
+    adapters = [module for module in model.modules() if wraps(module)]
+    of_adapters = {id(x) for module in adapters for part in adapter_parts(module) for x in part.parameters()}
     for name, x in (*model.named_parameters(), *model.named_buffers()):
+        if id(x) in of_adapters:
+            continue
+        name = name.replace("base_layer.", "")
         plain = type(x) in (nn.Parameter, torch.Tensor) and x.is_contiguous() and x.device == device
         fixed = not name.endswith(("A_log", "dt_bias", "e_score_correction_bias"))
         if not plain or not x.is_floating_point() or (fixed and x.dtype != dtype):
@@ -175,7 +209,8 @@ def _foreign_tensor(model: Any) -> str | None:
         wanted = shapes.get(name)
         if wanted is None or tuple(x.shape) != wanted:
             return f"{name} is {list(x.shape)}, and the config says {wanted and list(wanted)}"
-    return None
+    dtypes = {adapter.down.dtype for adapter in map(adapter_of, adapters) if adapter is not None}
+    return f"adapters are of several dtypes ({', '.join(sorted(map(str, dtypes)))})" if len(dtypes) > 1 else None
 
 
 def serves(

@@ -9,6 +9,9 @@
 
 Up to `SKINNY_TOKENS` tokens, products read every weight once by kernels of ours. More tokens take the library's matrix
 products, which tile over both sides, and MLA goes to and from latent space by them too.
+
+Adapters (LoRA, unmerged) are two launches more for linears that share an input, and one more for each of the two
+stacked projections of the experts; those on kv_b_proj and the embedding are library operators.
 """
 
 import weakref
@@ -19,6 +22,7 @@ from typing import Any
 import torch
 
 from ...configuration.configuration_kimi_linear import KimiLinearConfig
+from ...kernels.decode.adapters import decode_adapters
 from ...kernels.decode.configs import (
     GROUP,
     SKINNY_TOKENS,
@@ -30,6 +34,7 @@ from ...kernels.decode.configs import (
     latent_config,
     skinny_config,
 )
+from ...kernels.decode.expert_adapters import ExpertFactors, decode_expert_adapter
 from ...kernels.decode.experts import decode_expert_down, decode_expert_up
 from ...kernels.decode.grouped_experts import decode_grouped_experts
 from ...kernels.decode.latent import decode_latent_attention
@@ -40,6 +45,8 @@ from ...kernels.gpu.classes import gpu_class
 from ...kernels.kda.configs import step_config
 from ...kernels.kda.step import kda_step_fwd
 from ..placement import LayerSpan
+from ..plain_adapters import adapter_of, base_of, expert_adapters
+from .adapter_tables import AdapterTable, adapter_table, workspace_elements
 
 
 class StepPlan:
@@ -71,11 +78,15 @@ class StepPlan:
             capability = torch.cuda.get_device_capability(self.device)
             self._gpu = gpu_class(capability, torch.version.hip is not None)
         self._pdl = self.device.type == "cuda" and self._gpu in ("sm_90", "sm_100")
+        self._adapter_tables: dict[tuple[int, ...], AdapterTable | None] = {}
         self._allocate()
 
     def buffers(self) -> list[torch.Tensor]:
         """All tensors that the launches read or write, weights and cache left out."""
-        held = [*self.__dict__.values(), *getattr(self, "groups", ())]
+        tables = [
+            x for table in self._adapter_tables.values() if table is not None for x in (table.table, table.scales)
+        ]
+        held = [*self.__dict__.values(), *getattr(self, "groups", ()), *tables]
         return [x for x in held if isinstance(x, torch.Tensor)]
 
     @torch.inference_mode(False)  # what is made in inference mode can't be written outside of it
@@ -90,7 +101,7 @@ class StepPlan:
             return torch.empty(*shape, dtype=dtype, device=self.device)
 
         widths = [3 * kda + 2 * config.linear_head_dim + config.linear_num_heads, 2 * config.intermediate_size]
-        widths.append(heads * config.qk_head_dim + R + S)
+        widths += [heads * config.qk_head_dim + R + S, 2 * config.num_shared_experts * config.moe_intermediate_size]
         self.input_ids = torch.zeros(N, dtype=torch.int64, device=self.device)
         self.table = torch.zeros(self.span.end - self.span.first, 4, dtype=torch.int64, device=self.device)
         self.past = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -107,6 +118,9 @@ class StepPlan:
         self.partial_lse = empty(N, splits, heads, dtype=torch.float32)
         if self.span.has_head:
             self.logits = empty(N, self._model().lm_head.weight.shape[0])
+        parts = [*self._layers(), *([self._model().lm_head] if self.span.has_head else [])]
+        sizes = [workspace_elements(part.modules(), N, config.num_experts_per_token) for part in parts]
+        self.low_rank = empty(max(sizes, default=0), dtype=torch.float32)
         if "sparse" in config.mlp_layer_types[self.span.first : self.span.end]:
             E, topk, I = config.num_experts, config.num_experts_per_token, config.moe_intermediate_size
             shared = config.num_shared_experts
@@ -151,13 +165,20 @@ class StepPlan:
     def launch(self) -> None:
         """Run the span on what `input_ids` or `x`, `table`, `past` and `lengths` hold."""
         if self.span.embeds:
-            torch.index_select(self._model().model.embed_tokens.weight, 0, self.input_ids, out=self.x)
+            self._embed(self._model().model.embed_tokens)
         for layer, entry in zip(self._layers(), self.table):
             self._launch_mixer(layer, entry)
             self._launch_mlp(layer)
         if self.span.has_head:
             self._launch_head()
         self.past.add_(self.tokens)
+
+    def _embed(self, embedding: Any) -> None:
+        torch.index_select(embedding.weight, 0, self.input_ids, out=self.x)
+        adapter = adapter_of(embedding)
+        if adapter is not None:
+            low_rank = adapter.down.index_select(1, self.input_ids).t()
+            self.x.add_(low_rank @ adapter.up.t(), alpha=adapter.scale)
 
     def _launch_mixer(self, layer: Any, entry: torch.Tensor) -> None:
         (self._kda if layer.is_kda else self._mla)(layer.self_attn, layer.input_layernorm, entry)
@@ -183,14 +204,16 @@ class StepPlan:
     ) -> None:
         """y = the modules' products of `norm` of x side by side, plus `residual`, which is y or None.
 
-        `modules` are linears without bias (or a router, whose `weight` is one); `options` are `decode_linear`'s.
+        `modules` are linears without bias (or a router, whose `weight` is one); `options` are `decode_linear`'s. What
+        adapters around them add takes two more launches.
         """
         weights = [module.weight for module in modules]
         columns, rows = weights[0].shape[1], sum(weight.shape[0] for weight in weights)
+        fused = {}
         if x.shape[0] == 1:
             config = gemv_config(columns, rows)
             if norm is not None:
-                options |= {"norm_weight": norm.weight, "eps": norm.variance_epsilon}
+                fused = {"norm_weight": norm.weight, "eps": norm.variance_epsilon}
         else:
             config = skinny_config(x.shape[0], columns, rows, x.element_size(), self._gpu)
             x = x if norm is None else self._normed(x, norm)
@@ -198,7 +221,19 @@ class StepPlan:
         if x.shape[0] > SKINNY_TOKENS and x.dtype == y.dtype:
             library_linear(x, weights, y, add=residual is not None, **options)
         else:
-            decode_linear(x, weights, y, config, residual=residual, upcast=self._upcast, pdl=self._pdl, **options)
+            common = {**fused, **options, "upcast": self._upcast, "pdl": self._pdl}
+            decode_linear(x, weights, y, config, residual=residual, **common)
+        adapters = self._adapters(modules, options.pop("x_columns", None))
+        if adapters is not None:
+            common = {**fused, **options, "upcast": self._upcast, "pdl": self._pdl}
+            decode_adapters(x, y, t=self.low_rank, **common, **adapters._asdict())
+
+    def _adapters(self, modules: list[Any], x_columns: tuple[int, ...] | None) -> AdapterTable | None:
+        """The table of `modules`, made at the first launch: a graph reads it by its address."""
+        key = tuple(map(id, modules))
+        if key not in self._adapter_tables:
+            self._adapter_tables[key] = adapter_table(modules, x_columns, self.device)
+        return self._adapter_tables[key]
 
     def _normed(self, x: torch.Tensor, norm: Any) -> torch.Tensor:
         decode_norm(x, norm.weight, norm.variance_epsilon, self.normed, self._pdl)
@@ -235,7 +270,7 @@ class StepPlan:
         self._linear(self.x, [mla.q_proj, mla.kv_a_proj_with_mqa], p, norm)
         latent_norm, o = mla.kv_a_layernorm, self._part(self.o, heads * V)
         decode_latent_attention(
-            p, mla.kv_b_proj.weight, o.view(-1, heads, V),
+            p, mla.kv_b_proj.weight, o.view(-1, heads, V), adapter=adapter_of(mla.kv_b_proj),
             norm_weight=latent_norm.weight, norm_eps=latent_norm.variance_epsilon, table=entry, past=self.past,
             q=self.q_latent, partial=self.partial, partial_lse=self.partial_lse, tokens=self.tokens, shared=S,
             scale=mla.scaling, config=self._latent_config(), upcast=self._upcast, pdl=self._pdl,
@@ -243,42 +278,82 @@ class StepPlan:
         self._linear(o, [mla.o_proj], self.x, residual=self.x)
 
     def _dense(self, mlp: Any, norm: Any) -> None:
+        self._mlp_down(mlp, self._mlp_up(mlp, norm))
+
+    def _mlp_up(self, mlp: Any, norm: Any) -> torch.Tensor:
+        """Gate and up activations, of several tokens multiplied already."""
         p = self._part(self.p, 2 * mlp.gate_proj.weight.shape[0])
         self._linear(self.x, [mlp.gate_proj, mlp.up_proj], p, norm)
-        one = p.shape[0] == 1
-        if not one:
+        if p.shape[0] > 1:
             decode_gate(p, self._pdl)
-        gated = {"gated": True} if one else {}
+        return p
+
+    def _mlp_down(self, mlp: Any, p: torch.Tensor) -> None:
+        gated = {"gated": True} if p.shape[0] == 1 else {}
         self._linear(p, [mlp.down_proj], self.x, residual=self.x, **gated)
 
     def _moe(self, moe: Any, norm: Any) -> None:
-        router, experts, shared = moe.gate, moe.experts, moe.shared_experts
-        x = self.x
-        bias, gate_up, down = router.e_score_correction_bias, experts.gate_up_proj, experts.down_proj
-        rule = {
+        shared = moe.shared_experts
+        projections = () if shared is None else (shared.gate_proj, shared.up_proj, shared.down_proj)
+        apart = any(adapter_of(module) is not None for module in projections)  # those are linears' adapters
+        if apart:
+            p = self._mlp_up(shared, norm)  # before the experts add to what it reads
+        self._linear(self.x, [moe.gate], self.router, norm)
+        weights = None if shared is None or apart else tuple(module.weight for module in projections)
+        (self._experts_of_one if self.x.shape[0] == 1 else self._experts_of_several)(moe, norm, weights)
+        if apart:
+            self._mlp_down(shared, p)
+
+    def _routing_rule(self, router: Any) -> dict[str, Any]:
+        return {
             "factor": router.scaling_factor,
             "biased": router.biased_weights,
             "renormalize": router.renormalize,
             "pdl": self._pdl,
         }
-        chosen, weights = self.chosen, self.expert_weights
-        projections = shared and (shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight)
-        self._linear(x, [router], self.router, norm)
-        if x.shape[0] == 1:
-            decode_expert_up(
-                x, self.router, self.h, chosen, weights, norm_weight=norm.weight, eps=norm.variance_epsilon, bias=bias,
-                gate_up=gate_up, shared=projections and projections[:2], config=experts_config(x.shape[1]), **rule,
-            )  # fmt: skip
-            config = down_config(down.shape[2])
-            decode_expert_down(self.h, chosen, weights, down, projections and projections[2], x, config, pdl=self._pdl)
-            return
-        decode_route(self.router, bias, chosen, weights, **rule)
-        decode_group(chosen, *self.groups, router.num_experts, pdl=self._pdl)
-        decode_grouped_experts(
-            self.normed, weights, x, groups=self.groups, gate_up=gate_up, down=down, shared=projections,
-            h=self.h, z=self.z, configs=grouped_configs(x.shape[1], down.shape[2], x.element_size(), self._gpu),
-            upcast=self._upcast, pdl=self._pdl,
+
+    def _experts_of_one(self, moe: Any, norm: Any, shared: tuple[torch.Tensor, ...] | None) -> None:
+        x, chosen, weights, experts = self.x, self.chosen, self.expert_weights, base_of(moe.experts)
+        h = self.h if shared else self.h[: chosen.numel()]
+        up, down = self._expert_factors(moe)
+        common = {"norm_weight": norm.weight, "eps": norm.variance_epsilon, "bias": moe.gate.e_score_correction_bias}
+        if up is not None:
+            t = self._low_rank_of_experts(up)
+            decode_expert_adapter(x, up, t, chosen, logits=self.router, pdl=self._pdl, **common)
+        decode_expert_up(
+            x, self.router, h, chosen, weights, gate_up=experts.gate_up_proj, shared=shared and shared[:2],
+            config=experts_config(x.shape[1]), adapter=up and (t, up.up), **common, **self._routing_rule(moe.gate),
         )  # fmt: skip
+        if down is not None:
+            t = self._low_rank_of_experts(down)
+            decode_expert_adapter(h, down, t, chosen, pdl=self._pdl)
+        decode_expert_down(
+            h, chosen, weights, experts.down_proj, shared and shared[2], x, down_config(experts.down_proj.shape[2]),
+            adapter=down and (t, down.up), pdl=self._pdl,
+        )  # fmt: skip
+
+    def _experts_of_several(self, moe: Any, norm: Any, shared: tuple[torch.Tensor, ...] | None) -> None:
+        x, router, experts = self.x, moe.gate, base_of(moe.experts)
+        gate_up, down = experts.gate_up_proj, experts.down_proj
+        decode_route(
+            self.router, router.e_score_correction_bias, self.chosen, self.expert_weights, **self._routing_rule(router)
+        )
+        decode_group(self.chosen, *self.groups, router.num_experts, pdl=self._pdl)
+        decode_grouped_experts(
+            self.normed, self.expert_weights, x, groups=self.groups, gate_up=gate_up, down=down, shared=shared,
+            h=self.h, z=self.z, configs=grouped_configs(x.shape[1], down.shape[2], x.element_size(), self._gpu),
+            adapters=self._expert_factors(moe), t=self.low_rank, upcast=self._upcast, pdl=self._pdl,
+        )  # fmt: skip
+
+    def _expert_factors(self, moe: Any) -> tuple[ExpertFactors | None, ExpertFactors | None]:
+        """Of the gate and up, and of the down projections."""
+        found = {name: ExpertFactors(*adapter) for name, adapter in expert_adapters(moe.experts).items()}
+        return found.get("gate_up_proj"), found.get("down_proj")
+
+    def _low_rank_of_experts(self, factors: ExpertFactors) -> torch.Tensor:
+        """[pairs, rank] for what the down-going factors give."""
+        shape = self.chosen.numel(), factors.down.shape[1]
+        return self.low_rank[: shape[0] * shape[1]].view(shape)
 
 
 __all__ = ["StepPlan"]

@@ -38,6 +38,19 @@ class KimiGenerationMixin(GenerationMixin):
             "several steps, and more are a prompt, which goes layer by layer"
         )
 
+    def free_generation_memory(self) -> None:
+        """Give back all that generation holds between two texts, as before a training step.
+
+        Those are the captured steps with their graphs and buffers, and what PyTorch keeps of freed memory. The next
+        text captures its step anew (some tenths of a second once kernels are compiled). Caches belong to whoever holds
+        them: those that `generate()` made are gone with its result.
+        """
+        self._decode.free()
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                torch.cuda.synchronize()  # graphs may still run
+                torch.cuda.empty_cache()
+
     def _reason_for_library_loop(self) -> str | None:
         """What our loop around steps would pass over, in words that follow "the model"; or None."""
         what = hanging_on_root(self, self.dtype)

@@ -171,8 +171,8 @@ class KimiMLAAttention(Noticing):
         per_head = self.kv_b_proj.weight.unflatten(0, (-1, self.qk_nope_head_dim + self.v_head_dim))
         key_up, value_up = per_head.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)  # [H, n or v, r]
         q_nope, q_shared = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        q_latent = torch.matmul(q_nope, key_up)  # [B, H, T, r]
-        scores = torch.matmul(q_latent, latent.transpose(2, 3)) + torch.matmul(q_shared, shared_key.transpose(2, 3))
+        q_latent = _by_head(q_nope, key_up)  # [B, H, T, r]
+        scores = _with_shared(q_latent, latent.transpose(2, 3)) + _with_shared(q_shared, shared_key.transpose(2, 3))
         scores = scores.float() * self.scaling  # [B, H, T, L]
         if attention_mask is not None:
             if attention_mask.ndim == 2:
@@ -182,7 +182,7 @@ class KimiMLAAttention(Noticing):
             else:
                 scores = scores + attention_mask
         weights = F.softmax(scores, dim=-1).to(query.dtype)
-        output = torch.matmul(torch.matmul(weights, latent), value_up.transpose(1, 2))  # [B, H, T, v]
+        output = _by_head(_with_shared(weights, latent), value_up.transpose(1, 2))  # [B, H, T, v]
         returns_weights = self.config._attn_implementation == "eager"
         return output.transpose(1, 2), weights if returns_weights else None
 
@@ -266,6 +266,18 @@ class KimiMLAAttention(Noticing):
             **kwargs,
         )
         return output[..., : self.v_head_dim], weights
+
+
+def _by_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[B, H, T, n] times a matrix [H, n, m] for each head; `matmul` would copy the weight for every sequence."""
+    batch, _, length, _ = x.shape
+    product = torch.bmm(x.transpose(0, 1).flatten(1, 2), weight)
+    return product.unflatten(1, (batch, length)).transpose(0, 1)
+
+
+def _with_shared(x: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+    """[B, H, T, n] times [B, 1, n, m], which all heads share; `matmul` would copy it for every head."""
+    return torch.bmm(x.flatten(1, 2), shared[:, 0]).unflatten(1, x.shape[1:3])
 
 
 __all__ = ["CausalOverCache", "KimiMLAAttention", "eager_attention_forward"]

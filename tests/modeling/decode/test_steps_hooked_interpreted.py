@@ -178,32 +178,6 @@ def test_another_dtype(stepping, frozen):
     assert len(stepping) == 8 and float((logits - expected).norm() / expected.norm()) < 1e-2
 
 
-def test_peft(stepping, frozen):
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(3)
-    config = peft.LoraConfig(target_modules=["embed_tokens", "o_proj"], init_lora_weights=False, r=2)
-    model = make_model()
-    plain = layer_by_layer(model, lambda: generate(model))
-    assert close(generate(model), plain)
-    stepping.clear()
-    wrapped = peft.get_peft_model(model, config).eval()
-    expected = layer_by_layer(model, lambda: generate(wrapped))
-    assert close(generate(wrapped), expected) and not close(expected, plain)
-    with wrapped.disable_adapter():
-        assert close(generate(wrapped), plain)
-    wrapped.add_adapter("other", config)
-    wrapped.set_adapter("other")
-    assert close(generate(wrapped), layer_by_layer(model, lambda: generate(wrapped)))
-    wrapped.set_adapter("default")
-    wrapped.merge_adapter()
-    assert close(generate(wrapped), layer_by_layer(model, lambda: generate(wrapped)))
-    wrapped.unmerge_adapter()
-    assert not stepping  # an adapter is there, whether it is in use or not
-    merged = wrapped.merge_and_unload()
-    assert close(generate(merged), layer_by_layer(merged, lambda: generate(merged)))
-    assert stepping
-
-
 def test_prompt_tuning_with_left_padding(stepping):
     """PEFT puts virtual tokens into the mask by its own prepare_inputs_for_generation on the instance."""
     peft = pytest.importorskip("peft")
@@ -335,10 +309,9 @@ def test_kept_steps_are_bounded_by_bytes(stepping, monkeypatch):
     first = model._decode.step(model, 1, 1)
     monkeypatch.setattr(decode_path, "_KEPT_BYTES", 2 * first.nbytes)
     model._decode.step(model, 1, 2)
-    assert (
-        list(model._decode._steps) == [(1, 2)]
-        or sum(s.nbytes for s in model._decode._steps.values()) <= 2 * first.nbytes
-    )
+    assert [key[1:] for key in model._decode._steps] == [(1, 2)] or sum(
+        s.nbytes for s in model._decode._steps.values()
+    ) <= 2 * first.nbytes
     assert model._decode.step(model, 1, 1) is not first
 
 
