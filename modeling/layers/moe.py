@@ -12,9 +12,11 @@ from ...configuration.configuration_kimi_linear import KimiLinearConfig
 from ...kernels.gpu.availability import fused_path_serves, gradients_wanted
 from ...kernels.prompt.expert_rows import route_fwd, silu_mul_fwd
 from ...kernels.prompt.grouped_experts import grouped_experts, grouped_experts_serve
+from ...kernels.training.expert_adapters import LowRank, adapted_experts, expert_adapters_serve
 from ...kernels.training.grouped_experts import grouped_experts_with_gradients
 from ...kernels.training.routing import router_logits
 from ..checkpoint.expert_rows import expect_filled, read_released_experts
+from ..plain_adapters import adapter_misfit, base_of, expert_adapters, wrappers_of
 from ..plain_modules import Noticing, reads_weights, weights_are_plain
 from .fp32_parameters import keeping_fp32
 
@@ -232,29 +234,46 @@ class KimiSparseMoeBlock(Noticing):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, T, hidden_size] -> the same shape."""
-        if type(self.experts) is KimiExperts:
-            self.experts.check_filled()
+        stacked = base_of(self.experts)
+        if type(stacked) is KimiExperts:
+            stacked.check_filled()
         tokens = hidden_states.flatten(0, -2)
         _, weights, experts = self.gate(tokens)
-        if self._takes_grouped(tokens):
-            shared = None if self.shared_experts is None else self.shared_experts(tokens)
-            inputs = tokens, experts, weights, self.experts.gate_up_proj, self.experts.down_proj, shared
-            run = grouped_experts_with_gradients if gradients_wanted(*inputs) else grouped_experts
-            return run(*inputs).view(hidden_states.shape)
-        output = self.experts(tokens, experts, weights).view(hidden_states.shape)
-        return output if self.shared_experts is None else output + self.shared_experts(hidden_states)
+        if not self._takes_grouped(tokens):
+            output = self.experts(tokens, experts, weights).view(hidden_states.shape)
+            return output if self.shared_experts is None else output + self.shared_experts(hidden_states)
+        shared = None if self.shared_experts is None else self.shared_experts(tokens)
+        inputs = tokens, experts, weights, stacked.gate_up_proj, stacked.down_proj, shared
+        adapters = self._adapters()
+        if adapters:
+            output = adapted_experts(*inputs, adapters.get("gate_up_proj"), adapters.get("down_proj"))
+        elif gradients_wanted(*inputs):
+            output = grouped_experts_with_gradients(*inputs)
+        else:
+            output = grouped_experts(*inputs)
+        return output.view(hidden_states.shape)
 
     def _takes_grouped(self, tokens: torch.Tensor) -> bool:
         """Whether to compute the experts here, from their parameters, instead of calling the module.
 
-        Only where "grouped_mm", transformers' default, is configured, and where nothing else hangs on the module.
+        Only where "grouped_mm", transformers' default, is configured, and where nothing hangs on the module but plain
+        adapters (PEFT's LoRA).
         """
-        experts = self.experts
-        if not weights_are_plain((experts,), tokens.device) or experts.config._experts_implementation != "grouped_mm":
+        stacked = base_of(self.experts)
+        if not weights_are_plain((stacked,), tokens.device) or stacked.config._experts_implementation != "grouped_mm":
             return False
-        if getattr(experts, "_is_expert_parallel", False):
+        if getattr(stacked, "_is_expert_parallel", False):
             return False
-        return grouped_experts_serve(tokens, experts.gate_up_proj, experts.down_proj)
+        if not grouped_experts_serve(tokens, stacked.gate_up_proj, stacked.down_proj):
+            return False
+        if self.experts is stacked:
+            return True
+        plain = all(adapter_misfit(wrapper) is None for wrapper in wrappers_of(self.experts))
+        return plain and expert_adapters_serve(tokens, *self._adapters().values())
+
+    def _adapters(self) -> dict[str, LowRank]:
+        """What PEFT's wrappers around the experts add, by the parameter's name."""
+        return {name: LowRank(*adapter) for name, adapter in expert_adapters(self.experts).items()}
 
 
 __all__ = ["KimiExperts", "KimiMLP", "KimiSparseMoeBlock", "KimiTopkRouter"]
