@@ -24,6 +24,8 @@ except ImportError:
     from ..gpu.optional_triton import tl, triton
 
 _NAMESPACE = operator_namespace("kimi", __name__)
+# Tokens of a program; each program gives one part of dweight.
+_PROGRAM_TOKENS = 128
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -90,7 +92,7 @@ def short_conv_bwd(
     """(dx [B, T, D], dweight [D, 1, W]) in the dtypes of x and weight; `first` [T] int32: see `first_tokens`."""
     (B, T, D), W = x.shape, weight.shape[-1]
     x, dy = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, dy))
-    BT, BS, BD = 128, 8, 128
+    BT, BS, BD = _PROGRAM_TOKENS, 8, 128
     NT = triton.cdiv(T, BT)
     dx = torch.empty(B, T, D, dtype=x.dtype, device=x.device)
     parts = torch.empty(B * NT, D, W, dtype=torch.float32, device=x.device)

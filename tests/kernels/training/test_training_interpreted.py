@@ -18,6 +18,7 @@ from kimi_linear.kernels.prompt.norms import add_rms_norm_fwd, gated_rms_norm_fw
 from kimi_linear.kernels.prompt.short_convolution import causal_short_conv
 from kimi_linear.kernels.prompt.short_convolution_kernel import short_conv_fwd
 from kimi_linear.kernels.training import norms as training_norms
+from kimi_linear.kernels.training import short_convolution as training_short_convolution
 from kimi_linear.kernels.training.expert_adapters import LowRank, adapted_experts
 from kimi_linear.kernels.training.grouped_experts import grouped_experts_with_gradients
 from kimi_linear.kernels.training.linear_cross_entropy import cross_entropy_in_place
@@ -63,7 +64,7 @@ def check(op, exact_op, inputs, weights, roundings=3):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (2, 3, 100), (5, 1500)])
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (2, 3, 100), (3, 1500)])
 def test_silu_mul(shape, dtype):
     gate, up = randn(*shape[:-1], 2 * shape[-1], dtype=dtype).mul(4).chunk(2, dim=-1)
     check(silu_mul_fwd, lambda g, u: F.silu(g) * u, (gate, up), [randn(*shape, dtype=dtype, seed=1)])
@@ -79,7 +80,7 @@ def exact_norm(x, weight):
     return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
 
 
-NORM_SHAPES = [(0, 8), (1, 5), (2, 3, 100), (9, 24)]
+NORM_SHAPES = [(0, 8), (1, 5), (5, 24)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -122,12 +123,19 @@ def conv_ops(lengths=None, cu_seqlens=None):
     return ours, exact
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("B", "T", "D", "W"), [(1, 1, 5, 4), (2, 7, 130, 4), (1, 131, 8, 4), (2, 9, 8, 1), (1, 20, 8, 6)]
+    ("B", "T", "D", "W", "dtype"),
+    [
+        (1, 1, 5, 4, torch.float32),
+        (2, 7, 130, 4, torch.bfloat16),
+        (1, 19, 8, 4, torch.float16),
+        (2, 9, 8, 1, torch.float32),
+        (1, 9, 8, 6, torch.float32),
+    ],
 )
-def test_short_convolution(B, T, D, W, dtype):
-    """Strided inputs, and the gradient of the window that a sequence leaves."""
+def test_short_convolution(B, T, D, W, dtype, monkeypatch):
+    """Strided inputs, the gradient of the window that a sequence leaves, and more tokens than a program has."""
+    monkeypatch.setattr(training_short_convolution, "_PROGRAM_TOKENS", 8)
     x, weight = randn(B, T, D + 3, dtype=dtype)[..., 3:], randn(D, 1, W, dtype=dtype)
     weights = [randn(B, T, D, dtype=dtype, seed=1), randn(B, D, W - 1, dtype=dtype, seed=2)]
     check(*conv_ops(), (x, weight), weights)
@@ -140,11 +148,11 @@ def test_short_convolution_without_tokens():
     assert x.grad.shape == x.shape and not weight.grad.any()
 
 
-@pytest.mark.parametrize("cuts", [[0, 0, 1, 3, 9, 9, 20], [0, 20], [0, 2, 4, 6, 20]])
+@pytest.mark.parametrize("cuts", [[0, 0, 1, 3, 9, 9, 12], [0, 2, 4, 6, 12]])
 def test_short_convolution_packed(cuts):
-    weights = [randn(1, 20, 8, seed=1), randn(len(cuts) - 1, 8, 3, seed=2)]
+    weights = [randn(1, 12, 8, seed=1), randn(len(cuts) - 1, 8, 3, seed=2)]
     ops = conv_ops(cu_seqlens=torch.tensor(cuts, dtype=torch.int32))
-    check(*ops, (randn(1, 20, 8), randn(8, 1, 4)), weights)
+    check(*ops, (randn(1, 12, 8), randn(8, 1, 4)), weights)
 
 
 def test_short_convolution_of_padded_rows():
@@ -175,7 +183,7 @@ def expert_inputs(N, E, k, D=32, I=24):
     return (randn(N, D, dtype=torch.bfloat16), weights, gate_up, down, shared), experts
 
 
-@pytest.mark.parametrize(("N", "E", "k"), [(1, 8, 3), (50, 8, 3), (40, 300, 4)])
+@pytest.mark.parametrize(("N", "E", "k"), [(1, 8, 3), (12, 8, 3), (5, 300, 4)])
 def test_grouped_experts(N, E, k):
     inputs, experts = expert_inputs(N, E, k)
 
@@ -192,7 +200,7 @@ def test_grouped_experts(N, E, k):
 @pytest.mark.parametrize("which", [(True, True), (True, False), (False, True)])
 def test_adapted_experts(which):
     """Against experts whose weights have the adapters added; factors in fp32, B with its experts last, as in PEFT."""
-    (x, weights, gate_up, down, shared), experts = expert_inputs(30, 8, 3)
+    (x, weights, gate_up, down, shared), experts = expert_inputs(9, 8, 3)
     factors = [
         randn(8, 8, 32) * 0.2,
         randn(48, 8, 8) * 0.2,
@@ -215,7 +223,7 @@ def test_adapted_experts(which):
         ]
         return exact_experts(x, experts, weights, *adapted, shared), torch.stack([f.sum() for f in factors])
 
-    check(ours, exact, (x, weights, shared, *factors), [randn(30, 32, dtype=torch.bfloat16, seed=5), torch.zeros(4)], 6)
+    check(ours, exact, (x, weights, shared, *factors), [randn(9, 32, dtype=torch.bfloat16, seed=5), torch.zeros(4)], 6)
 
 
 def test_grouped_experts_without_tokens():
@@ -240,7 +248,7 @@ def test_only_the_gradients_that_are_wanted():
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_grouped_experts_checkpointed_and_compiled(use_reentrant):
     """Recomputed, and as one graph: the bits of eager execution."""
-    inputs, experts = expert_inputs(9, 8, 3)
+    inputs, experts = expert_inputs(3, 8, 3)
     inputs = [x.requires_grad_() for x in inputs]
 
     def op(x, weights, gate_up, down, shared):
@@ -255,7 +263,7 @@ def test_grouped_experts_checkpointed_and_compiled(use_reentrant):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("V", [1, 7, 4096, 9000])
+@pytest.mark.parametrize("V", [1, 4096, 9000])
 def test_cross_entropy_in_place(V, dtype):
     """Rows of ordinary, huge and -inf logits; the last is not counted."""
     logits = randn(4, V, dtype=dtype) * 3
