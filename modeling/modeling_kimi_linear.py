@@ -20,7 +20,6 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_kimi_linear import KimiLinearConfig
-from ..kernels.kda.checks import check_cu_seqlens
 from .cache.kimi_linear_cache import KimiLinearCache
 from .checkpoint.mixin import ReleasedCheckpointMixin
 from .checkpoint.packed_modules import KimiPackedLinear
@@ -43,11 +42,12 @@ from .layers.masks import make_masks
 from .layers.mla_attention import KimiMLAAttention
 from .layers.moe import KimiTopkRouter
 from .layers.norms import KimiRMSNorm
-from .layers.sequence_layout import PaddingLayout, cu_seqlens_of_restarts, position_ids_of_packed
+from .layers.sequence_layout import PaddingLayout, packing_of
 from .plain_modules import Noticing, reads_weights
 from .prompt.carrying import Carrying
 from .prompt.path import PromptPath
 from .prompt.segments import forward_in_segments, takes_segments
+from .training.loss import loss_without_logits
 from .transformers_versions import CACHE_NAME, as_argument, name_language_model, one_cache, warn_outside_range
 
 logger = logging.get_logger(__name__)
@@ -185,7 +185,7 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
         check_embeddings(inputs_embeds, self.config.hidden_size)
         batch_size, length = inputs_embeds.shape[:2]
         check_positions(position_ids, batch_size, length)
-        cu_seqlens, position_ids = self._packing(
+        cu_seqlens, position_ids = packing_of(
             batch_size, length, attention_mask, position_ids, past_key_values, kwargs.get("cu_seq_lens_q")
         )
         if cu_seqlens is not None:
@@ -239,34 +239,6 @@ class KimiLinearModel(KimiLinearPreTrainedModel):
             return past_key_values.get_seq_length()
         return None
 
-    def _packing(
-        self,
-        batch_size: int,
-        length: int,
-        attention_mask: Any,
-        position_ids: torch.Tensor | None,
-        past_key_values: Cache | None,
-        cu_seq_lens: torch.Tensor | None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """(boundaries of packed sequences or None, position ids that restart there)."""
-        if cu_seq_lens is not None:
-            if past_key_values is not None:
-                raise ValueError("packed sequences (cu_seq_lens_q) and past_key_values exclude one another")
-            if attention_mask is not None:
-                raise ValueError(
-                    "packed sequences (cu_seq_lens_q) and attention_mask exclude one another: leave out the mask, and "
-                    "padding too"
-                )
-            # Read back from a GPU, once a forward: the kernels trust boundaries, and wrong ones would lead them astray.
-            on_cpu = cu_seq_lens.cpu() if isinstance(cu_seq_lens, torch.Tensor) else cu_seq_lens
-            check_cu_seqlens(on_cpu, batch_size, length, name="cu_seq_lens_q")
-            return cu_seq_lens, position_ids_of_packed(cu_seq_lens, length) if position_ids is None else position_ids
-        may_be_packed = position_ids is not None and attention_mask is None and past_key_values is None
-        # Looking for restarts reads values, which a compiled graph cannot.
-        if not may_be_packed or length < 2 or torch.compiler.is_compiling():
-            return None, position_ids
-        return cu_seqlens_of_restarts(position_ids.expand(batch_size, -1)), position_ids
-
 
 @reads_weights
 class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiGenerationMixin):
@@ -298,6 +270,7 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiGenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         prompt_progress: Callable[[int, int], None] | None = None,
         cache: Cache | None = None,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """As `KimiLinearModel.forward`, and logits.
@@ -307,6 +280,9 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiGenerationMixin):
             logits_to_keep: compute logits of the last so many positions only (0: of all), or of these indices.
             prompt_progress: called with (tokens done, tokens of the prompt) after each segment of a long prompt; an
                 argument of `generate()` too.
+            skip_logits: with `labels`, whether to compute the loss without the logits of all tokens, and leave them
+                None. None: in training mode with gradients. Where the loss needs them (a loss function of your own, an
+                adapter on the head, a compiled graph) they are there.
 
         Returns:
             logits [B, T or logits_to_keep, vocab_size], the loss if `labels` are given, and what else was asked for.
@@ -333,11 +309,16 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiGenerationMixin):
             )
             if torch.is_tensor(kept):
                 kept = kept.to(outputs.last_hidden_state.device)
-            logits = self.lm_head(outputs.last_hidden_state[:, kept])
-            loss = None
+            hidden, loss, logits = outputs.last_hidden_state[:, kept], None, None
             if labels is not None:
-                check_labels(labels, *logits.shape, ignore_index=kwargs.get("ignore_index", -100))
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+                vocab_size, ignore_index = self.config.vocab_size, kwargs.get("ignore_index", -100)
+                check_labels(labels, *hidden.shape[:2], vocab_size, ignore_index=ignore_index)
+                if self._skips_logits() if skip_logits is None else skip_logits:
+                    loss = loss_without_logits(self, hidden, labels, **kwargs)
+            if loss is None:
+                logits = self.lm_head(hidden)
+            if loss is None and labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -346,6 +327,9 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiGenerationMixin):
             router_logits=outputs.router_logits,
             **as_argument(outputs.get(CACHE_NAME)),
         )
+
+    def _skips_logits(self) -> bool:
+        return self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
     @staticmethod
     def create_masks_for_generate(

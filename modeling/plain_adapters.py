@@ -51,6 +51,13 @@ def base_of(module: nn.Module) -> nn.Module:
     return module
 
 
+def wrappers_of(module: nn.Module) -> Iterator[nn.Module]:
+    """PEFT's wrappers around a module of ours, from the outermost in; none for `module` itself."""
+    while wraps(module):
+        yield module
+        module = module.base_layer
+
+
 def adapter_parts(module: nn.Module) -> Iterator[nn.Module]:
     """The modules below a wrapper that are PEFT's own."""
     for name, child in module.named_children():
@@ -183,5 +190,6 @@ __all__ = [
     "adapter_parts",
     "base_of",
     "expert_adapters",
+    "wrappers_of",
     "wraps",
 ]

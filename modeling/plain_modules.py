@@ -140,6 +140,8 @@ def hung(module: nn.Module) -> str | None:
     for hooks in (held["_forward_hooks"], held["_forward_pre_hooks"]):
         if hooks and not all(map(_is_harmless_hook, hooks.values())):
             return "has a hook"
+    if torch.is_grad_enabled() and _has_backward_hooks(held):
+        return "has a backward hook"
     return None
 
 
@@ -154,6 +156,16 @@ def _foreign_forward(module: nn.Module) -> str:
     if hook is not None and not _places_only(hook):
         return f"has a hook of accelerate ({type(hook).__name__})"
     return "has a forward that was replaced on the instance"
+
+
+def _has_backward_hooks(held: dict[str, Any]) -> bool:
+    """Of a module whose attributes these are, or of all modules."""
+    return bool(
+        held["_backward_hooks"]
+        or held["_backward_pre_hooks"]
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
 
 
 def weights_are_plain(modules: tuple[nn.Module, ...], device: torch.device) -> bool:

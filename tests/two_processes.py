@@ -1,4 +1,4 @@
-"""Two gloo processes on the CPU, each with a model from a folder: for tests of what is spread over ranks."""
+"""Two processes, on the CPU (gloo) or a GPU each (nccl), with a model from a folder: for what is spread over ranks."""
 
 import os
 import subprocess
@@ -19,10 +19,17 @@ whole = KimiLinearForCausalLM.from_pretrained(folder).eval()
 ids = torch.randint(0, 120, (2, 20), generator=torch.Generator().manual_seed(0))
 """
 
+GPU_PREAMBLE = (
+    PREAMBLE.replace("torch.set_num_threads(1)", "torch.cuda.set_device(rank)")
+    .replace('"gloo"', '"nccl"')
+    .replace("from_pretrained(folder).eval()", 'from_pretrained(folder).eval().to("cuda")')
+    .replace("manual_seed(0))", 'manual_seed(0)).to("cuda")')
+)
 
-def run_on_two_processes(body: str, folder: Path, scratch: Path) -> None:
-    """Run PREAMBLE and `body` as rank 0 and rank 1; `folder` and `scratch` are names in it. Fails unless both end."""
-    script = PREAMBLE + body + f"\ndist.barrier()\nprint({DONE!r}, flush=True)\ndist.destroy_process_group()\n"
+
+def run_on_two_processes(body: str, folder: Path, scratch: Path, preamble: str = PREAMBLE) -> None:
+    """Run `preamble` and `body` as rank 0 and rank 1; `folder` and `scratch` are names in it. Fails unless both end."""
+    script = preamble + body + f"\ndist.barrier()\nprint({DONE!r}, flush=True)\ndist.destroy_process_group()\n"
     # accelerate wants an address, though the group is there already; nobody listens at it.
     common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
     ranks = [

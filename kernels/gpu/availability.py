@@ -36,22 +36,29 @@ def interpreted() -> bool:
     return not isinstance(rounded_dot, triton.JITFunction)
 
 
-def fused_path_serves(*tensors: torch.Tensor | None) -> bool:
+def fused_path_serves(*tensors: torch.Tensor | None, differentiable: bool = False) -> bool:
     """Whether the fused kernels may compute on these tensors; None counts for nothing.
 
-    They have no backward, so no gradient may be wanted. A compiled graph keeps PyTorch's operators, which Inductor
-    fuses by itself. Subclasses (sharded, quantised) and what is not on an NVIDIA GPU from sm_80 on go through PyTorch.
+    A compiled graph keeps PyTorch's operators, which Inductor fuses by itself. Subclasses (sharded, quantised) and what
+    is not on an NVIDIA GPU from sm_80 on go through PyTorch.
 
     Args:
         tensors: all inputs of the kernel that hold numbers of the model.
+        differentiable: whether the kernel's operator has a backward (kernels/training). Without one, no gradient may be
+            wanted.
     """
     if torch.compiler.is_compiling():
         return False
     held = [tensor for tensor in tensors if tensor is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in held):
+    if not differentiable and gradients_wanted(*held):
         return False
     plain = all(type(tensor) in _PLAIN and tensor.dtype in _DTYPES for tensor in held)
     return plain and len({tensor.device for tensor in held}) == 1 and device_serves(held[0].device)
+
+
+def gradients_wanted(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd records what is computed of these tensors; None counts for nothing."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def device_serves(device: torch.device) -> bool:
@@ -59,4 +66,12 @@ def device_serves(device: torch.device) -> bool:
     return device.type == "cuda" and is_available() and is_first_choice(device)
 
 
-__all__ = ["device_serves", "fused_path_serves", "interpreted", "is_available", "is_first_choice", "serves"]
+__all__ = [
+    "device_serves",
+    "fused_path_serves",
+    "gradients_wanted",
+    "interpreted",
+    "is_available",
+    "is_first_choice",
+    "serves",
+]

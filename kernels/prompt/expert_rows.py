@@ -1,5 +1,5 @@
 """
-The mixture of experts around its two grouped matrix products, one pass each, for inference on GPUs.
+The mixture of experts around its two grouped matrix products, one pass each, on GPUs (gradients: kernels/training).
 
     route      the k best of E experts of each token, and their weights, from the router's logits
     scatter    x [M, D] -> rows [M k, D] in the order of their experts: each row is read once and written k times
@@ -16,6 +16,9 @@ from ..gpu.direct_calls import called_directly
 from ..gpu.launching import launches_beside_first_argument
 from ..gpu.operator_names import operator_namespace
 from ..gpu.sizes import padded, power_of_two
+from ..training.expert_rows import differentiate_rows
+from ..training.routing import differentiate_route
+from ..training.silu_mul import differentiate_silu_mul
 
 try:
     import triton
@@ -140,6 +143,9 @@ def _(logits, bias, top_k, renormalize, scaling, biased):
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
 
 
+differentiate_route(route_fwd)
+
+
 @called_directly
 @torch.library.custom_op(f"{_NAMESPACE}::scatter_rows_fwd", mutates_args=())
 @launches_beside_first_argument
@@ -182,6 +188,9 @@ def _(gate, up):
     return gate.new_empty(gate.shape)
 
 
+differentiate_silu_mul(silu_mul_fwd)
+
+
 @called_directly
 @torch.library.custom_op(f"{_NAMESPACE}::combine_rows_fwd", mutates_args=())
 @launches_beside_first_argument
@@ -203,6 +212,9 @@ def combine_rows_fwd(
 @combine_rows_fwd.register_fake
 def _(rows, position, weights, shared):
     return rows.new_empty(position.shape[0], rows.shape[1])
+
+
+differentiate_rows(scatter_rows_fwd, combine_rows_fwd)
 
 
 def _warps(elements: int) -> int:

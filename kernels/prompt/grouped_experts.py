@@ -8,8 +8,8 @@ from .expert_rows import combine_rows_fwd, scatter_rows_fwd, silu_mul_fwd
 
 
 def grouped_experts_serve(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> bool:
-    """Whether `grouped_experts` takes these: bf16, which the grouped matrix product wants, and 16-byte rows."""
-    if not fused_path_serves(x, gate_up, down) or x.dtype != torch.bfloat16:
+    """Whether `grouped_experts`, or its form with gradients, takes these: bf16, as the product wants, 16-byte rows."""
+    if not fused_path_serves(x, gate_up, down, differentiable=True) or x.dtype != torch.bfloat16:
         return False
     fits = all(w.dtype == torch.bfloat16 and w.is_contiguous() and w.shape[-1] % 8 == 0 for w in (gate_up, down))
     return fits and gate_up.shape[2] == down.shape[1] == x.shape[1] and gate_up.shape[1] == 2 * down.shape[2]

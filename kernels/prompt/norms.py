@@ -1,5 +1,5 @@
 """
-RMS norms in one pass each, for inference on GPUs.
+RMS norms in one pass each, on GPUs; kernels/training/norms.py has their gradients.
 
     plain     y = w * round(x / sqrt(mean(x^2) + eps))                     x = round(residual + x) first, if given
     gated     y = round(w * x / sqrt(mean(x^2) + eps) * sigmoid(gate))     (arXiv 2510.26692, eq. 10)
@@ -14,6 +14,7 @@ from ..gpu.direct_calls import called_directly
 from ..gpu.launching import launches_beside_first_argument
 from ..gpu.operator_names import operator_namespace
 from ..gpu.sizes import padded
+from ..training.norms import differentiate_norms
 
 try:
     import triton
@@ -132,6 +133,9 @@ def gated_rms_norm_fwd(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor
 @gated_rms_norm_fwd.register_fake
 def _(x, gate, weight, eps):
     return x.new_empty(x.shape)
+
+
+differentiate_norms(rms_norm_fwd, add_rms_norm_fwd, gated_rms_norm_fwd)
 
 
 def _warps(elements: int) -> int:

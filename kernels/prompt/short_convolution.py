@@ -61,7 +61,8 @@ def causal_short_conv(
 
 
 def _fused_serves(x: torch.Tensor, weight: torch.Tensor, window: torch.Tensor | None) -> bool:
-    return x.ndim == 3 and weight.ndim == 3 and weight.shape[2] <= MAX_WIDTH and fused_path_serves(x, weight, window)
+    fits = x.ndim == 3 and weight.ndim == 3 and weight.shape[2] <= MAX_WIDTH
+    return fits and fused_path_serves(x, weight, window, differentiable=window is None)
 
 
 def _convolve(x: torch.Tensor, weight: torch.Tensor, window: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

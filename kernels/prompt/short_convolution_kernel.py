@@ -1,5 +1,5 @@
 """
-The short convolution before KDA in one pass, for inference on GPUs: depthwise, causal, with SiLU.
+The short convolution before KDA in one pass, on GPUs: depthwise, causal, with SiLU.
 
     y_t = round(silu(sum_i weight[W - 1 - i] * x_{t - i}))        accumulated in fp32
 
@@ -14,6 +14,7 @@ from ..gpu.direct_calls import called_directly
 from ..gpu.launching import launches_beside_first_argument
 from ..gpu.operator_names import operator_namespace
 from ..gpu.sizes import power_of_two
+from ..training.short_convolution import differentiate_short_conv, first_tokens
 
 try:
     import triton
@@ -32,7 +33,7 @@ def short_conv_fwd_kernel(
     D: tl.constexpr, W: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, BW: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
-    """BT tokens of BD channels, BS tokens at a time, as if zeros were in front. first [T]: see `_first_tokens`."""
+    """BT tokens of BD channels, BS tokens at a time, as if zeros were in front. first [T]: see `first_tokens`."""
     i_d, i_t, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_d = i_d * BD + tl.arange(0, BD)
     m_d = o_d < D
@@ -131,7 +132,7 @@ def short_conv_fwd(
     y = torch.empty(B, T, D, dtype=x.dtype, device=x.device)
     new_window = torch.empty(N, D, W - 1, dtype=x.dtype, device=x.device)
     if y.numel() > 0:
-        first = None if cu_seqlens is None else _first_tokens(cu_seqlens, T)
+        first = None if cu_seqlens is None else first_tokens(cu_seqlens, T)
         BT, BD = 128, 128
         short_conv_fwd_kernel[(triton.cdiv(D, BD), triton.cdiv(T, BT), B)](
             x, weight, first, y, T, *x.stride()[:2],
@@ -154,10 +155,7 @@ def _(x, weight, window, lengths, cu_seqlens):
     return x.new_empty(x.shape), x.new_empty(N, x.shape[2], weight.shape[2] - 1)
 
 
-def _first_tokens(cu_seqlens: torch.Tensor, T: int) -> torch.Tensor:
-    """Where the sequence of each of T tokens begins, [T] int32."""
-    positions = torch.arange(T, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return cu_seqlens[torch.searchsorted(cu_seqlens, positions, right=True) - 1].to(torch.int32)
+differentiate_short_conv(short_conv_fwd)
 
 
 __all__ = ["MAX_WIDTH", "short_conv_fwd"]

@@ -9,13 +9,17 @@ from torch import nn
 from transformers.integrations import use_experts_implementation
 
 from ...configuration.configuration_kimi_linear import KimiLinearConfig
-from ...kernels.gpu.availability import fused_path_serves
+from ...kernels.gpu.availability import fused_path_serves, gradients_wanted
 from ...kernels.prompt.expert_rows import route_fwd, silu_mul_fwd
 from ...kernels.prompt.grouped_experts import grouped_experts, grouped_experts_serve
 from ...kernels.prompt.quantised_experts import quantised_experts, quantised_experts_serve
+from ...kernels.training.expert_adapters import LowRank, adapted_experts, expert_adapters_serve
+from ...kernels.training.grouped_experts import grouped_experts_with_gradients
+from ...kernels.training.routing import router_logits
 from ..checkpoint.expert_rows import expect_filled, read_released_experts
 from ..checkpoint.packed_adapters import adapters_over_packed
 from ..checkpoint.packed_modules import KimiPackedExperts
+from ..plain_adapters import adapter_misfit, base_of, expert_adapters, wrappers_of
 from ..plain_modules import Noticing, hanging, reads_weights, weights_are_plain
 from .fp32_parameters import keeping_fp32
 
@@ -33,7 +37,7 @@ class KimiMLP(Noticing):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., hidden_size] -> the same shape."""
         gate, up = self.gate_proj(x), self.up_proj(x)
-        fused = gate.dtype == up.dtype and fused_path_serves(gate, up)
+        fused = gate.dtype == up.dtype and fused_path_serves(gate, up, differentiable=True)
         return self.down_proj(silu_mul_fwd(gate, up) if fused else F.silu(gate) * up)
 
 
@@ -146,6 +150,7 @@ class KimiTopkRouter(Noticing):
                 self.scaling_factor,
                 self.biased_weights,
             )
+            self._count(experts)
             return logits, weights, experts
         scores = logits.sigmoid()
         biased = scores + self.e_score_correction_bias.float()
@@ -153,8 +158,7 @@ class KimiTopkRouter(Noticing):
         weights = (biased if self.biased_weights else scores).gather(1, experts)
         if self.renormalize:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        if self.training and self._is_training_pass():
-            self._count(experts)
+        self._count(experts)
         return logits, weights * self.scaling_factor, experts
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -165,14 +169,14 @@ class KimiTopkRouter(Noticing):
         """
         half = hidden_states.dtype in (torch.bfloat16, torch.float16) and hidden_states.dtype == self.weight.dtype
         with torch.autocast(hidden_states.device.type, enabled=False):  # which would return half precision
-            if half and fused_path_serves(hidden_states, self.weight):
-                return torch.mm(hidden_states, self.weight.t(), out_dtype=torch.float32)
+            if half and fused_path_serves(hidden_states, self.weight, differentiable=True):
+                return router_logits(hidden_states, self.weight)
             return F.linear(hidden_states.float(), self.weight.float())
 
     def _takes_fused(self, logits: torch.Tensor) -> bool:
         chooses_groups = self.num_groups != self.topk_group
-        ours = not (self.training or chooses_groups) and logits.dtype == torch.float32
-        return ours and fused_path_serves(logits, self.e_score_correction_bias)
+        ours = not chooses_groups and logits.dtype == torch.float32
+        return ours and fused_path_serves(logits, self.e_score_correction_bias, differentiable=True)
 
     def _within_best_groups(self, biased: torch.Tensor) -> torch.Tensor:
         """Scores with -inf outside the `topk_group` groups whose two best experts score highest."""
@@ -189,8 +193,10 @@ class KimiTopkRouter(Noticing):
             return False  # inside backward()
         return torch.is_grad_enabled() or self.in_checkpoint
 
-    @torch.no_grad()
     def _count(self, experts: torch.Tensor) -> None:
+        """Add the tokens of each expert to the counts, in a pass that counts; experts [N, k]."""
+        if not (self.training and self._is_training_pass()):
+            return
         ones = torch.ones_like(experts.flatten())
         counts = ones.new_zeros(self.num_experts).scatter_add(0, experts.flatten(), ones)
         self.tokens_per_expert = counts if self.tokens_per_expert is None else self.tokens_per_expert + counts
@@ -231,34 +237,52 @@ class KimiSparseMoeBlock(Noticing):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, T, hidden_size] -> the same shape."""
-        if type(self.experts) is KimiExperts:
-            self.experts.check_filled()
+        stacked = base_of(self.experts)
+        if type(stacked) is KimiExperts:
+            stacked.check_filled()
         tokens = hidden_states.flatten(0, -2)
         _, weights, experts = self.gate(tokens)
-        if self._takes_grouped(tokens):
-            shared = None if self.shared_experts is None else self.shared_experts(tokens)
-            parameters = self.experts.gate_up_proj, self.experts.down_proj
-            return grouped_experts(tokens, experts, weights, *parameters, shared).view(hidden_states.shape)
         if self._takes_packed(tokens):
             shared = None if self.shared_experts is None else self.shared_experts(tokens)
             stacks = self.experts.stack("gate_up_proj"), self.experts.stack("down_proj")
             return quantised_experts(tokens, experts, weights, *stacks, shared).view(hidden_states.shape)
-        adapted = adapters_over_packed(self.experts, KimiPackedExperts)
-        routed, adapters = (self.experts, ()) if adapted is None else (adapted[0], adapted[1:])
-        output = routed(tokens, experts, weights, *adapters).view(hidden_states.shape)
-        return output if self.shared_experts is None else output + self.shared_experts(hidden_states)
+        if not self._takes_grouped(tokens):
+            adapted = adapters_over_packed(self.experts, KimiPackedExperts)
+            routed, packed = (self.experts, ()) if adapted is None else (adapted[0], adapted[1:])
+            output = routed(tokens, experts, weights, *packed).view(hidden_states.shape)
+            return output if self.shared_experts is None else output + self.shared_experts(hidden_states)
+        shared = None if self.shared_experts is None else self.shared_experts(tokens)
+        inputs = tokens, experts, weights, stacked.gate_up_proj, stacked.down_proj, shared
+        adapters = self._adapters()
+        if adapters:
+            output = adapted_experts(*inputs, adapters.get("gate_up_proj"), adapters.get("down_proj"))
+        elif gradients_wanted(*inputs):
+            output = grouped_experts_with_gradients(*inputs)
+        else:
+            output = grouped_experts(*inputs)
+        return output.view(hidden_states.shape)
 
     def _takes_grouped(self, tokens: torch.Tensor) -> bool:
         """Whether to compute the experts here, from their parameters, instead of calling the module.
 
-        Only where "grouped_mm", transformers' default, is configured, and where nothing else hangs on the module.
+        Only where "grouped_mm", transformers' default, is configured, and where nothing hangs on the module but plain
+        adapters (PEFT's LoRA).
         """
-        experts = self.experts
-        if not weights_are_plain((experts,), tokens.device) or experts.config._experts_implementation != "grouped_mm":
+        stacked = base_of(self.experts)
+        if not weights_are_plain((stacked,), tokens.device) or stacked.config._experts_implementation != "grouped_mm":
             return False
-        if getattr(experts, "_is_expert_parallel", False):
+        if getattr(stacked, "_is_expert_parallel", False):
             return False
-        return grouped_experts_serve(tokens, experts.gate_up_proj, experts.down_proj)
+        if not grouped_experts_serve(tokens, stacked.gate_up_proj, stacked.down_proj):
+            return False
+        if self.experts is stacked:
+            return True
+        plain = all(adapter_misfit(wrapper) is None for wrapper in wrappers_of(self.experts))
+        return plain and expert_adapters_serve(tokens, *self._adapters().values())
+
+    def _adapters(self) -> dict[str, LowRank]:
+        """What PEFT's wrappers around the experts add, by the parameter's name."""
+        return {name: LowRank(*adapter) for name, adapter in expert_adapters(self.experts).items()}
 
     def _takes_packed(self, tokens: torch.Tensor) -> bool:
         """The same for packed experts, on which nothing hangs."""

@@ -42,7 +42,7 @@ class KimiRMSNorm(Noticing):
 
     def _takes_fused(self, hidden_states: torch.Tensor, other: torch.Tensor | None) -> bool:
         same_dtype = all(x.dtype == hidden_states.dtype for x in (self.weight, other) if x is not None)
-        return same_dtype and fused_path_serves(hidden_states, other, self.weight)
+        return same_dtype and fused_path_serves(hidden_states, other, self.weight, differentiable=True)
 
     def extra_repr(self) -> str:
         """Shape and epsilon for print(model)."""

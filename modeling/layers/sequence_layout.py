@@ -1,8 +1,11 @@
 """Where the tokens of a batch are: padding that recurrent layers must not see, and boundaries of packed sequences."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from ...kernels.kda.checks import check_cu_seqlens
 
 
 @dataclass(frozen=True)
@@ -73,4 +76,40 @@ def cu_seqlens_of_restarts(position_ids: torch.Tensor) -> torch.Tensor | None:
     return torch.cat([firsts, firsts.new_tensor([position_ids.numel()])])
 
 
-__all__ = ["PaddingLayout", "cu_seqlens_of_restarts", "position_ids_of_packed"]
+def packing_of(
+    batch_size: int,
+    length: int,
+    attention_mask: Any,
+    position_ids: torch.Tensor | None,
+    past_key_values: Any,
+    cu_seq_lens: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Boundaries of packed sequences ([N + 1], or None) and the position ids [B, T] that restart there, if any.
+
+    Args:
+        batch_size, length: of the new tokens, B and T.
+        attention_mask, position_ids, past_key_values, cu_seq_lens: what the forward got of these, or None.
+
+    Raises:
+        ValueError: for boundaries beside a cache or a mask, and for boundaries that don't fit the tokens.
+    """
+    if cu_seq_lens is not None:
+        if past_key_values is not None:
+            raise ValueError("packed sequences (cu_seq_lens_q) and past_key_values exclude one another")
+        if attention_mask is not None:
+            raise ValueError(
+                "packed sequences (cu_seq_lens_q) and attention_mask exclude one another: leave out the mask, and "
+                "padding too"
+            )
+        # Read back from a GPU, once a forward: the kernels trust boundaries, and wrong ones would lead them astray.
+        on_cpu = cu_seq_lens.cpu() if isinstance(cu_seq_lens, torch.Tensor) else cu_seq_lens
+        check_cu_seqlens(on_cpu, batch_size, length, name="cu_seq_lens_q")
+        return cu_seq_lens, position_ids_of_packed(cu_seq_lens, length) if position_ids is None else position_ids
+    may_be_packed = position_ids is not None and attention_mask is None and past_key_values is None
+    # Looking for restarts reads values, which a compiled graph cannot.
+    if not may_be_packed or length < 2 or torch.compiler.is_compiling():
+        return None, position_ids
+    return cu_seqlens_of_restarts(position_ids.expand(batch_size, -1)), position_ids
+
+
+__all__ = ["PaddingLayout", "cu_seqlens_of_restarts", "packing_of"]
