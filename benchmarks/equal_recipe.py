@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from benchmarks.captured_training import CapturedTraining
-from benchmarks.record import default_path, header
+from benchmarks.record import default_path, write
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
 
@@ -178,7 +178,7 @@ def main() -> None:
             rows.append(run(kind, seed, args.steps, text, device))
             tqdm.write(json.dumps({key: value for key, value in rows[-1].items() if key != "history"}))
             sizes = {"training_bytes": len(text[0]), "held_out_bytes": len(text[1])}
-            out.write_text(json.dumps({**header("equal_recipe"), **sizes, "rows": rows}, indent=1) + "\n")
+            write(out, "equal_recipe", **sizes, rows=rows)
     print(table(rows))
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from benchmarks.captured_training import CapturedTraining
-from benchmarks.record import default_path, header
+from benchmarks.record import default_path, write
 from benchmarks.synthetic_data import IGNORED, TASKS
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
@@ -177,7 +177,7 @@ def main() -> None:
                 return
             rows.append(run(task, length, kind, rate, args.steps, device))
             tqdm.write(json.dumps(rows[-1]))
-            out.write_text(json.dumps({**header("synthetic_tasks"), "rows": rows}, indent=1) + "\n")
+            write(out, "synthetic_tasks", rows=rows)
     print(table(rows))
 
 
