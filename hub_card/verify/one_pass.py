@@ -156,17 +156,26 @@ def judge_layers(
         )
 
 
-def judge_logits(logits: torch.Tensor, ids: torch.Tensor, kind: str, report: Report) -> None:
-    """Findings on finite and plausible logits [T, V] of the tokens `ids` [T]; those of kind "random" aren't words."""
+def judge_logits(logits: torch.Tensor, ids: torch.Tensor, known: int, is_text: bool, report: Report) -> None:
+    """Findings on finite and plausible logits.
+
+    Args:
+        logits: [T, V].
+        ids: [T], their tokens.
+        known: how many of these, from the first, are not the model's own words.
+        is_text: whether they are words at all.
+        report: for the findings.
+    """
     if not report.judge(bool(torch.isfinite(logits).all()), "logits: all finite"):
         return
     vocabulary = logits.shape[-1]
-    surprise = float(torch.nn.functional.cross_entropy(logits[:-1], ids[1:].to(logits.device)))
+    logits, following = logits[: known - 1], ids[1:known].to(logits.device)
+    surprise = float(torch.nn.functional.cross_entropy(logits, following))
     chance = math.log(vocabulary)
-    hits = float((logits[:-1].argmax(-1) == ids[1:].to(logits.device)).float().mean())
+    hits = float((logits.argmax(-1) == following).float().mean())
     said = f"next token of a known text: surprise {surprise:.2f} nats (a guess among {vocabulary} has {chance:.2f}), "
     said += f"{hits:.0%} guessed"
-    if kind == "random":
+    if not is_text:
         report.unchecked(f"whether the logits are plausible: without a tokenizer there is no text ({said})")
     elif surprise < _UNTRAINED * chance:
         report.right(f"logits: {said}")

@@ -23,6 +23,12 @@ Tensors = dict[str, torch.Tensor]
 Watcher = Callable[[int, nn.Module, torch.Tensor, torch.Tensor, Tensors], None]
 
 
+def model_dtype(config: KimiLinearConfig) -> torch.dtype:
+    """The dtype that the config gives its weights."""
+    given = config.dtype or "bfloat16"
+    return given if isinstance(given, torch.dtype) else getattr(torch, given)
+
+
 class TensorFiles:
     """Reads tensors by name; files stay open, and their tensors are views of the mapped file."""
 
@@ -52,8 +58,7 @@ class StreamedModel:
 
     def __init__(self, config: KimiLinearConfig, stored: dict[str, StoredTensor], device: str) -> None:
         self.config, self.device, self.files = config, device, TensorFiles(stored)
-        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, config.dtype or "bfloat16")
-        self.dtype = dtype
+        self.dtype = dtype = model_dtype(config)
         with torch.device("meta"):
             self.model = KimiLinearForCausalLM._from_config(config, dtype=dtype).eval().requires_grad_(False)
         for name, module in (
@@ -120,4 +125,4 @@ def dense_tensors(layer: Any, tensors: Tensors) -> Tensors:
     return {**{name: tensor for name, tensor in tensors.items() if name not in packed}, **dense}
 
 
-__all__ = ["StreamedModel", "TensorFiles", "Tensors", "dense_tensors"]
+__all__ = ["StreamedModel", "TensorFiles", "Tensors", "dense_tensors", "model_dtype"]

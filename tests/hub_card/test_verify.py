@@ -208,18 +208,18 @@ def test_what_is_not_finite_is_found(copy):
                 tensors[name][0, 0] = math.inf
                 save_file(tensors, file, {"format": "pt"})
     logits, report, ids = run_pass(copy)
-    one_pass.judge_logits(logits, ids, "passage", report)
+    one_pass.judge_logits(logits, ids, len(ids), True, report)
     wrong = report.texts("wrong")
     assert any("not finite from 3 on" in text for text in wrong) and "logits: all finite" in wrong
 
 
 def test_weights_that_learnt_nothing_are_implausible(capsys):
     ids = torch.arange(50)
-    for scale, kind, mark in ((0.0, "passage", "wrong"), (9.0, "passage", "right"), (0.0, "random", "unchecked")):
+    for scale, is_text, mark in ((0.0, True, "wrong"), (9.0, True, "right"), (0.0, False, "unchecked")):
         report = Report()
         logits = torch.zeros(50, 128)
         logits[torch.arange(49), ids[1:]] = scale
-        one_pass.judge_logits(logits, ids, kind, report)
+        one_pass.judge_logits(logits, ids, len(ids), is_text, report)
         assert len(report.texts(mark)) == (2 if mark == "right" else 1)
 
 
@@ -278,6 +278,27 @@ def test_greedy_reference_text(folder, differs_at, mark):
     command._judge_greedy(logits, text, Letters(), Path(folder), KimiLinearConfig(), report)
     (said,) = report.texts(mark)
     assert f"the first {10 if differs_at is None else differs_at} of 10 tokens" in said
+
+
+@pytest.mark.parametrize(("behind", "mark"), [(0.005, "right"), (0.5, "wrong")])
+def test_generated_text_may_differ_at_a_tie_and_nowhere_else(behind, mark):
+    """On an H100 two ways chose differently where logits were as good as equal, and the rest was called wrong."""
+    ids = torch.arange(40, 60)
+    logits = torch.nn.functional.one_hot(torch.cat([ids[1:], ids[:1]]), 128).float()
+    logits[13, 5] = 1 + behind
+    report = Report()
+    config = KimiLinearConfig(dtype="bfloat16")
+    command._judge_greedy(logits, command._Text(ids, 10, "generated"), Letters(), Path("x"), config, report)
+    said = {"right": "10 of the 10 tokens that generate() made (1 of them as good as tied", "wrong": "9 of the 10"}
+    assert said[mark] in report.texts(mark)[0]
+
+
+def test_the_models_own_words_do_not_make_it_plausible():
+    ids, report = torch.arange(40), Report()
+    logits = torch.zeros(40, 128)
+    logits[torch.arange(20, 39), ids[21:]] = 20.0
+    one_pass.judge_logits(logits, ids, 20, True, report)
+    assert "learnt nothing" in report.texts("wrong")[0]
 
 
 def test_captured_steps_are_compared_with_layers(load_tiny, monkeypatch):
