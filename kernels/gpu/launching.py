@@ -28,6 +28,12 @@ def launches_beside_first_argument(function: Callable[..., Any]) -> Callable[...
     return guarded
 
 
+def dense_rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., D] as [M, D] whose rows lie densely; a view where the strides allow it."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def launch_options(config: NamedTuple) -> dict[str, int]:
     """Keyword arguments of a launch; AMD's compiler knows no `maxnreg`, so it appears only where it is set."""
     bound = getattr(config, "maxnreg", None)
@@ -46,4 +52,11 @@ def overlap_options(pdl: bool) -> dict[str, bool]:
     return {"launch_pdl": True} if pdl else {}
 
 
-__all__ = ["launch", "launch_options", "launches_beside_first_argument", "launching_on", "overlap_options"]
+__all__ = [
+    "dense_rows",
+    "launch",
+    "launch_options",
+    "launches_beside_first_argument",
+    "launching_on",
+    "overlap_options",
+]

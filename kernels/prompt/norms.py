@@ -11,7 +11,7 @@ KimiRMSNormGated (modeling/layers/norms.py), which say where they come from. Row
 import torch
 
 from ..gpu.direct_calls import called_directly
-from ..gpu.launching import launches_beside_first_argument
+from ..gpu.launching import dense_rows, launches_beside_first_argument
 from ..gpu.operator_names import operator_namespace
 from ..gpu.sizes import padded
 from ..training.norms import differentiate_norms
@@ -63,19 +63,13 @@ def gated_rms_norm_fwd_kernel(
     tl.store(y + o_n[:, None] * D + o_d[None, :], b_y.to(y.dtype.element_ty), mask=m_nd)
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """[..., D] as [M, D] with dense rows; a view where the strides allow it."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 @called_directly
 @torch.library.custom_op(f"{_NAMESPACE}::rms_norm_fwd", mutates_args=())
 @launches_beside_first_argument
 def rms_norm_fwd(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """The plain norm of x [..., D], weight [D] of the same dtype; a fresh contiguous tensor."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows, D = _rows(x), x.shape[-1]
+    rows, D = dense_rows(x), x.shape[-1]
     if x.numel() > 0:
         BD = padded(D)
         rms_norm_fwd_kernel[(rows.shape[0],)](
@@ -98,7 +92,7 @@ def add_rms_norm_fwd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(norm of residual + x, residual + x), both fresh and contiguous; x and residual [..., D]."""
     y, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    rows, others, D = _rows(x), _rows(residual), x.shape[-1]
+    rows, others, D = dense_rows(x), dense_rows(residual), x.shape[-1]
     if x.numel() > 0:
         BD = padded(D)
         rms_norm_fwd_kernel[(rows.shape[0],)](
@@ -119,7 +113,7 @@ def _(x, residual, weight, eps):
 def gated_rms_norm_fwd(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """The gated norm of x [..., D] with a gate of the same shape and weight [D]; a fresh contiguous tensor."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows, gates, D = _rows(x), _rows(gate), x.shape[-1]
+    rows, gates, D = dense_rows(x), dense_rows(gate), x.shape[-1]
     if x.numel() > 0:
         BD = padded(D)
         BM = max(1, 2048 // BD)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..gpu.launching import launches_beside_first_argument
+from ..gpu.launching import dense_rows, launches_beside_first_argument
 from ..gpu.operator_names import operator_namespace
 from ..gpu.sizes import padded
 
@@ -84,12 +84,6 @@ def gated_rms_norm_bwd_kernel(
     tl.store(dweights + i_p * D + o_d, b_dw, mask=m_d)
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """[..., D] as [M, D] with dense rows; a view where the strides allow it."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 @torch.library.custom_op(f"{_NAMESPACE}::rms_norm_bwd", mutates_args=())
 @launches_beside_first_argument
 def rms_norm_bwd(
@@ -97,7 +91,7 @@ def rms_norm_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dx in the shape of x [..., D], dweight [D]) of the plain norm of x; `dtotal`, if given, is added to dx."""
     D, dx = x.shape[-1], torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows, dys, totals = (None if t is None else _rows(t) for t in (x, dy, dtotal))
+    rows, dys, totals = (None if t is None else dense_rows(t) for t in (x, dy, dtotal))
     programs, BD = min(rows.shape[0], _PROGRAMS), padded(D)
     parts = torch.empty(programs, D, dtype=torch.float32, device=x.device)
     if x.numel() > 0:
@@ -121,7 +115,7 @@ def gated_rms_norm_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dx, dgate, dweight) of the gated norm of x [..., D] with a gate of the same shape and weight [D]."""
     D, (dx, dgate) = x.shape[-1], (torch.empty(x.shape, dtype=t.dtype, device=x.device) for t in (x, gate))
-    rows, gates, dys = map(_rows, (x, gate, dy))
+    rows, gates, dys = map(dense_rows, (x, gate, dy))
     BD = padded(D)
     BM = max(1, 2048 // BD)
     programs = min(triton.cdiv(rows.shape[0], BM), _PROGRAMS)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..gpu.launching import launches_beside_first_argument
+from ..gpu.launching import dense_rows, launches_beside_first_argument
 from ..gpu.operator_names import operator_namespace
 from ..gpu.sizes import padded
 
@@ -80,18 +80,14 @@ def _launch(
     )  # fmt: skip
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """[..., I] as [M, I] with dense rows; a view where the strides allow it."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 @torch.library.custom_op(f"{_NAMESPACE}::silu_mul_bwd", mutates_args=())
 @launches_beside_first_argument
 def silu_mul_bwd(gate: torch.Tensor, up: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(dgate, dup) for [..., I] tensors of one dtype; fresh and contiguous."""
     dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
-    _launch(*map(_rows, (gate, up, dy)), None, dgate.view(-1, gate.shape[-1]), dup.view(-1, up.shape[-1]), None, None)
+    _launch(
+        *map(dense_rows, (gate, up, dy)), None, dgate.view(-1, gate.shape[-1]), dup.view(-1, up.shape[-1]), None, None
+    )
     return dgate, dup
 
 
@@ -104,7 +100,7 @@ def _(gate, up, dy):
 @launches_beside_first_argument
 def stacked_silu_mul_bwd(hidden: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
     """dhidden [M, 2 I] for hidden [M, 2 I], gate before up, and dy [M, I]; fresh and contiguous."""
-    hidden, dy = _rows(hidden), _rows(dy)
+    hidden, dy = dense_rows(hidden), dense_rows(dy)
     dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     halves, dhalves = (x.split(dy.shape[1], dim=1) for x in (hidden, dhidden))
     _launch(*halves, dy, None, *dhalves, None, None)
@@ -128,7 +124,7 @@ def weighted_silu_mul_bwd(
         dy: [M, I], gradient of silu(gate) * up times a row's weight, before that weight is multiplied.
         weights: [M] fp32.
     """
-    (M, I), hidden, dy = dy.shape, _rows(hidden), _rows(dy)
+    (M, I), hidden, dy = dy.shape, dense_rows(hidden), dense_rows(dy)
     dhidden, weighted = (torch.empty(x.shape, dtype=hidden.dtype, device=hidden.device) for x in (hidden, dy))
     dweights = torch.empty(M, dtype=torch.float32, device=hidden.device)
     halves, dhalves = hidden.split(I, dim=1), dhidden.split(I, dim=1)
