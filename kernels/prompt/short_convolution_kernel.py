@@ -33,7 +33,7 @@ def short_conv_fwd_kernel(
     D: tl.constexpr, W: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, BW: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
-    """BT tokens of BD channels, BS tokens at a time, as if zeros were in front. first [T]: see `first_tokens`."""
+    """BT tokens of BD channels, BS tokens at a time, as if zeros came before. first [T]: see `first_tokens`."""
     i_d, i_t, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_d = i_d * BD + tl.arange(0, BD)
     m_d = o_d < D

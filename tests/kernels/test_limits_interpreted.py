@@ -67,7 +67,7 @@ def test_grids_of_many_rows(monkeypatch):
     assert merge.fits()
     monkeypatch.setattr(prompt_short_convolution_kernel, "short_conv_edges_fwd_kernel", edges)
     monkeypatch.setattr(prompt_short_convolution_kernel, "short_conv_fwd_kernel", conv)
-    monkeypatch.setattr(prompt_short_convolution_kernel, "_first_tokens", lambda *args: None)
+    monkeypatch.setattr(prompt_short_convolution_kernel, "first_tokens", lambda *args: None)
     x, packed = torch.empty(1, 70_000, 64, device="meta"), torch.arange(70_001, device="meta")
     prompt_short_convolution_kernel.short_conv_fwd._init_fn(x, torch.empty(64, 1, 4, device="meta"), None, None, packed)
     assert edges.fits() and conv.fits()
