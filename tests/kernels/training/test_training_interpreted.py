@@ -155,6 +155,15 @@ def test_short_convolution_packed(cuts):
     check(*ops, (randn(1, 12, 8), randn(8, 1, 4)), weights)
 
 
+def test_short_convolution_packed_over_several_programs(monkeypatch):
+    """Sequences that end and begin at, just before and just after the first token of a program."""
+    monkeypatch.setattr(training_short_convolution, "_PROGRAM_TOKENS", 8)
+    cuts = [0, 7, 8, 14, 17, 25, 26]
+    weights = [randn(1, 26, 8, seed=1), randn(len(cuts) - 1, 8, 3, seed=2)]
+    ops = conv_ops(cu_seqlens=torch.tensor(cuts, dtype=torch.int32))
+    check(*ops, (randn(1, 26, 8), randn(8, 1, 4)), weights)
+
+
 def test_short_convolution_of_padded_rows():
     weights = [randn(4, 6, 8, seed=1), randn(4, 8, 3, seed=2)]
     check(*conv_ops(lengths=torch.tensor([0, 2, 6, 4])), (randn(4, 6, 8), randn(8, 1, 4)), weights)
