@@ -107,7 +107,7 @@ class PromptPath:
         check_mask_values(attention_mask)
         mask = None if attention_mask is None else attention_mask.bool()
         on_cpu = None if mask is None else mask.cpu()
-        if on_cpu is None or bool(on_cpu.all()):
+        if on_cpu is None or bool(on_cpu.numpy().all()):
             mask = on_cpu = None
         packing = Packing.of(batch, length, past, on_cpu)
         inputs = StepInputs(model.config, batch, weight.dtype, layer_spans(model))

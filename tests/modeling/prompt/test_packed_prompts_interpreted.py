@@ -302,3 +302,12 @@ def test_packing():
     last = packing.of_rows(2, 3)
     assert (last.source.tolist(), last.rows.tolist(), last.cu_seqlens.tolist()) == ([0, 1, 2], [0, 0, 0], [0, 3])
     assert not Packing.of(2, 4, 3, None).has_holes and not Packing.of(2, 4, 3, None).has_padding
+
+
+def test_numbers_of_rows_without_tokens():
+    """Where keys are, by the definition: rows that have none at both ends and between others."""
+    mask = torch.tensor([[0, 0, 0], [0, 1, 1], [0, 0, 0], [0, 0, 0], [1, 1, 1], [0, 0, 0]]).bool()
+    packing = Packing.of(6, 3, 0, mask)
+    offsets, rows, positions = packing.numbers(8, 7, 8)[8 + 8 + 8 + 7 :].split([8, 8, 8, 8])[:3]
+    assert offsets.tolist() == [0, 0, 2, 2, 2, 5, 5, 5]
+    assert rows.tolist() == [1, 1, 4, 4, 4, -1, -1, -1] and positions[:5].tolist() == [1, 2, 0, 1, 2]
