@@ -34,7 +34,7 @@ def running(monkeypatch):
     runs, run = [], PromptRun.__call__
 
     def counted(self, *args):
-        runs.append((self.plan.tokens, self._graph is not None))
+        runs.append((self.plan.tokens, all(part._graph is not None for part in self.parts)))
         return run(self, *args)
 
     monkeypatch.setattr(PromptRun, "__call__", counted)

@@ -192,6 +192,29 @@ def test_what_goes_to_the_layers(model, running, monkeypatch):
     assert len(running) == 1
 
 
+@torch.no_grad()
+def test_launched_plans_are_for_few_tokens_or_batches_with_padding(model, running, monkeypatch):
+    """A row, rows of one length, rows over a cache: by their tokens. Padding in the cache alone is not computed."""
+    go(LAUNCHED, monkeypatch)
+    monkeypatch.setattr(prompt_path, "UNPADDED_TOKENS", 8)
+    for shape, by_plan in (((1, 8), True), ((1, 9), False), ((2, 4), True), ((2, 5), False)):
+        running.clear()
+        ids = draw(*shape)
+        for mask in (None, torch.ones_like(ids)):
+            model(ids, attention_mask=mask)
+        assert len(running) == (2 if by_plan else 0)
+    running.clear()
+    mask, ids = padded((7, 5)), draw(2, 7)
+    theirs = layer_by_layer(model, lambda: model(ids, attention_mask=mask))
+    ours = model(ids, attention_mask=mask)
+    check(ours, theirs, mask, 7)
+    assert len(running) == 1
+    mask, more = torch.cat([mask, mask.new_ones(2, 17)], dim=1), draw(2, 17)
+    theirs = layer_by_layer(model, lambda: model(more, attention_mask=mask, past_key_values=theirs.past_key_values))
+    check(model(more, attention_mask=mask, past_key_values=ours.past_key_values), theirs, mask, 17)
+    assert len(running) == 1
+
+
 def filled(model, tokens):
     """A cache of one row that the layers filled."""
     cache = KimiLinearCache(model.config)
@@ -279,3 +302,12 @@ def test_packing():
     last = packing.of_rows(2, 3)
     assert (last.source.tolist(), last.rows.tolist(), last.cu_seqlens.tolist()) == ([0, 1, 2], [0, 0, 0], [0, 3])
     assert not Packing.of(2, 4, 3, None).has_holes and not Packing.of(2, 4, 3, None).has_padding
+
+
+def test_numbers_of_rows_without_tokens():
+    """Where keys are, by the definition: rows that have none at both ends and between others."""
+    mask = torch.tensor([[0, 0, 0], [0, 1, 1], [0, 0, 0], [0, 0, 0], [1, 1, 1], [0, 0, 0]]).bool()
+    packing = Packing.of(6, 3, 0, mask)
+    offsets, rows, positions = packing.numbers(8, 7, 8)[8 + 8 + 8 + 7 :].split([8, 8, 8, 8])[:3]
+    assert offsets.tolist() == [0, 0, 2, 2, 2, 5, 5, 5]
+    assert rows.tolist() == [1, 1, 4, 4, 4, -1, -1, -1] and positions[:5].tolist() == [1, 2, 0, 1, 2]
