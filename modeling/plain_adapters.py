@@ -15,7 +15,6 @@ experts') is for the layers, and `adapter_misfit` says so.
 """
 
 import itertools
-import sys
 from collections.abc import Iterator
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .plain_modules import hanging, hung
+from .plain_modules import hanging, hung, library_class
 
 _PEFT = "peft.tuners.lora.layer"
 _KINDS = ("Linear", "Embedding", "ParamWrapper")
@@ -41,7 +40,7 @@ class Adapter(NamedTuple):
 def wraps(module: nn.Module) -> bool:
     """Whether `module` is one that PEFT puts around a linear, an embedding or stacked experts for LoRA."""
     kind = type(module)
-    return kind.__module__ == _PEFT and kind.__name__ in _KINDS and kind is getattr(sys.modules[_PEFT], kind.__name__)
+    return kind.__module__ == _PEFT and kind.__name__ in _KINDS and kind is library_class(_PEFT, kind.__name__)
 
 
 def base_of(module: nn.Module) -> nn.Module:

@@ -228,6 +228,11 @@ def peft_looks_for_parameters() -> bool:
     return function is not None and sys._getframe(2).f_code is function.__code__
 
 
+def library_class(library: str, name: str) -> type | None:
+    """`library.name` where the library (dotted) is loaded, else None."""
+    return getattr(sys.modules.get(library), name, None)
+
+
 def _made_in(library: str, function: str) -> tuple[CodeType, ...]:
     """Code objects of the functions that `library.function` (dotted) makes; () where the library isn't loaded."""
     maker = sys.modules.get(library)
@@ -321,6 +326,7 @@ __all__ = [
     "hanging_on_root",
     "hung",
     "is_placed_only",
+    "library_class",
     "own_method",
     "peft_looks_for_parameters",
     "reads_packed",
