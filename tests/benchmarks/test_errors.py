@@ -6,6 +6,7 @@ import torch
 from benchmarks import errors
 from kimi_linear.modeling.cache.kimi_linear_cache import KimiLinearCache
 from kimi_linear.modeling.decode import path as decode_path
+from kimi_linear.modeling.prompt import path as prompt_path
 
 
 def test_errors_of_known_logits():
@@ -26,7 +27,7 @@ def test_a_hook_makes_it_go_by_layers(model, monkeypatch):
     assert model.decode_path.startswith("captured steps")
 
 
-def test_steps_behind_a_prompt_are_those_of_the_whole(model, random_ids):
+def test_steps_after_a_prompt_are_those_of_the_whole(model, random_ids):
     ids = random_ids(2, 12)
     with torch.no_grad():
         expected = model(ids).logits[:, 8:]
@@ -47,6 +48,7 @@ def test_three_ways_from_one_folder(native_class, tiny_folder, random_ids, monke
     """On a CPU there are no captured steps, so that both of ours go by layers and agree."""
     monkeypatch.setattr(decode_path, "gpu_has_kernels", lambda model: True)
     monkeypatch.setattr(decode_path.DecodePath, "step", lambda *_: None)
+    monkeypatch.setattr(prompt_path.PromptPath, "hidden_states", lambda *_: None)
     folder = tiny_folder("hybrid", torch.bfloat16)
     rows = list(errors.measure(folder, [random_ids(1, 30), random_ids(2, 30)], 20, "cpu"))
     assert [(row["batch"], row["way"]) for row in rows] == [
