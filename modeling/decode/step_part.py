@@ -59,7 +59,7 @@ class StepPart:
             plan.past.zero_()
             torch.cuda.synchronize()
             self._graph = torch.cuda.CUDAGraph()
-            stream = _capture_stream(self, self.device)
+            stream = capture_stream(self, self.device)
             with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
                 plan.launch()
             self._done = torch.cuda.Event()
@@ -152,8 +152,8 @@ class StepPart:
         return past >= 0 and int(self.plan.past) == past + self.plan.tokens
 
 
-def _capture_stream(part: StepPart, device: torch.device) -> Any:
-    """A stream to capture in, which belongs to `part` as long as that lives.
+def capture_stream(owner: Any, device: torch.device) -> Any:
+    """A stream to capture in, which belongs to `owner` as long as that lives.
 
     cuBLAS keeps a workspace (32 MiB on Hopper) for each stream, and graphs captured in one share it: two that run at
     the same time must not. A new stream for each graph would leave a workspace behind with each graph that is dropped.
@@ -164,8 +164,8 @@ def _capture_stream(part: StepPart, device: torch.device) -> Any:
         stream = idle.pop()
     except IndexError:
         stream = torch.cuda.Stream(device)
-    weakref.finalize(part, idle.append, stream).atexit = False
+    weakref.finalize(owner, idle.append, stream).atexit = False
     return stream
 
 
-__all__ = ["StepPart"]
+__all__ = ["StepPart", "capture_stream"]

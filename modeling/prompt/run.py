@@ -16,17 +16,22 @@ from ...kernels.gpu.launching import launching_on
 from ..cache.kimi_linear_cache import KDACacheLayer, KimiLinearCache
 from ..decode.hand_over import HandOver
 from ..decode.inputs import StepInputs
+from ..decode.step_part import capture_stream
 from ..placement import device_of_layer
 from .packing import Packing
 from .plan import PromptPlan
 
 
 class SharedPool:
-    """What the graphs of one model share: memory, and the end of the last run, for which the next one waits."""
+    """What the graphs of one model share: memory, the stream of captures, and the end of the last run.
+
+    The next run waits for that end, so that all may use one workspace of cuBLAS's, which belongs to the stream.
+    """
 
     def __init__(self, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
         self.handle = torch.cuda.graph_pool_handle() if on_gpu else None
+        self.stream = capture_stream(self, device) if on_gpu else None
         self.done = torch.cuda.Event() if on_gpu else None
 
 
@@ -56,8 +61,7 @@ class PromptPart:
             self.plan.launch()
             torch.cuda.synchronize()
             self._graph = torch.cuda.CUDAGraph()
-            stream = torch.cuda.Stream(self.device)  # PyTorch's own capture stream stays on the first GPU that had one
-            options = {"pool": self._pool.handle, "stream": stream, "capture_error_mode": "thread_local"}
+            options = {"pool": self._pool.handle, "stream": self._pool.stream, "capture_error_mode": "thread_local"}
             with torch.cuda.graph(self._graph, **options):
                 self.plan.launch()
 

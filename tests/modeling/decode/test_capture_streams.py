@@ -16,10 +16,10 @@ def test_streams_come_back_when_their_parts_are_gone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or f"stream {len(made)}")
     monkeypatch.setattr(step_part, "_idle_streams", {})
     first, second = Part(), Part()
-    assert step_part._capture_stream(first, device) == "stream 1"
-    assert step_part._capture_stream(second, device) == "stream 2"
+    assert step_part.capture_stream(first, device) == "stream 1"
+    assert step_part.capture_stream(second, device) == "stream 2"
     del first
     gc.collect()
     third = Part()
-    assert step_part._capture_stream(third, device) == "stream 1" and len(made) == 2
-    assert step_part._capture_stream(Part(), torch.device("cuda", 1)) == "stream 3"
+    assert step_part.capture_stream(third, device) == "stream 1" and len(made) == 2
+    assert step_part.capture_stream(Part(), torch.device("cuda", 1)) == "stream 3"
