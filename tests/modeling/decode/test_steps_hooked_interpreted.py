@@ -195,6 +195,7 @@ def test_prompt_tuning_with_left_padding(stepping):
 
 def test_trl_and_accelerate_around_the_root(stepping):
     trl_utils, accelerate = pytest.importorskip("trl.trainer.utils"), pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # a trainer's, of another test
     model = make_model()
     expected = layer_by_layer(model, lambda: generate(model))
     trl_utils.add_fused_lm_head(model)
@@ -204,6 +205,7 @@ def test_trl_and_accelerate_around_the_root(stepping):
     expected = layer_by_layer(model, lambda: generate(model))
     assert torch.equal(generate(model), expected) and not stepping  # fp32 weights under autocast to bf16
     assert "one forward at a time, since the model has a forward" in model.decode_path
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @torch.no_grad()
