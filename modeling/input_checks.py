@@ -50,7 +50,8 @@ def check_positions(position_ids: torch.Tensor | None, batch_size: int, length: 
     """Raise ValueError unless `position_ids` is None or [1 or B, T]."""
     if position_ids is not None and tuple(position_ids.shape) not in ((1, length), (batch_size, length)):
         raise ValueError(
-            f"position_ids are {list(position_ids.shape)} but must be {[batch_size, length]} or [1, {length}]"
+            f"position_ids are {list(position_ids.shape)} but must be {[batch_size, length]} or [1, {length}]; "
+            "generate() makes them from attention_mask, which must be as long as cache and prompt together"
         )
 
 
@@ -58,8 +59,8 @@ def check_labels(labels: torch.Tensor, batch_size: int, length: int, vocab_size:
     """Raise ValueError unless `labels` is [B, T] and holds token ids or `ignore_index`. Compiled graphs skip values."""
     if tuple(labels.shape) != (batch_size, length) or labels.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"labels must be integers {[batch_size, length]}, one per input token (logits_to_keep must be 0), "
-            f"got {list(labels.shape)} {labels.dtype}"
+            f"labels must be integers {[batch_size, length]}, one for each position whose logits are kept "
+            f"(logits_to_keep=0 keeps all), got {list(labels.shape)} {labels.dtype}"
         )
     if torch.compiler.is_compiling() or labels.device.type == "meta":
         return

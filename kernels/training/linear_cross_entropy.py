@@ -148,7 +148,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.wanted = inputs[-2:]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:])
+    labels, ignore_index = inputs[2], inputs[3]
+    ctx.save_for_backward(*output[1:], (labels != ignore_index).any())
 
 
 def _scaled(gradient: torch.Tensor, dloss: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -159,7 +160,10 @@ def _scaled(gradient: torch.Tensor, dloss: torch.Tensor, dtype: torch.dtype) -> 
 def _backward(ctx: Any, dloss: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
     found: list[torch.Tensor | None] = [None, None]
     if dloss is not None:
-        for i, (gradient, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes)):
+        *gradients, counts = ctx.saved_tensors
+        # A mean over no token hands over 1 / 0; the gradients are zero all the same, as PyTorch's are.
+        dloss = torch.where(counts, dloss, 0.0)
+        for i, (gradient, dtype) in enumerate(zip(gradients, ctx.dtypes)):
             if ctx.wanted[i]:
                 found[i] = _scaled(gradient, dloss, dtype)
     return *found, None, None, None, None, None

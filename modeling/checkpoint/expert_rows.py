@@ -162,9 +162,10 @@ def expect_filled(experts: nn.Module) -> None:
         unfilled |= set(ends.isnan().any(dim=1).nonzero().flatten().tolist())
     if unfilled:
         raise ValueError(
-            f"experts {sorted(unfilled)} of a layer hold NaN: no tensor of the checkpoint has filled them. Load the "
-            "folder with from_pretrained(..., device_map=...); accelerate's load_checkpoint_and_dispatch goes by names "
-            "and skips the released names of experts"
+            f"experts {sorted(unfilled)} of a layer hold NaN: no tensor of the checkpoint has filled them, or its own "
+            "hold NaN, as after a training run that diverged. Load the folder with from_pretrained(..., "
+            "device_map=...); accelerate's load_checkpoint_and_dispatch goes by names and skips the released names of "
+            "experts"
         )
 
 

@@ -280,7 +280,7 @@ def test_labels_of_wrong_dtype(refused, random_ids):
 
 def test_labels_with_logits_of_some_positions(refused, random_ids):
     ids = random_ids(BATCH, LENGTH)
-    refused("logits_to_keep must be 0", input_ids=ids, labels=ids, logits_to_keep=3)
+    refused("logits_to_keep=0 keeps all", input_ids=ids, labels=ids, logits_to_keep=3)
 
 
 @pytest.mark.parametrize("label", [-1, 128])

@@ -42,6 +42,10 @@ def test_nothing_to_learn_is_nan_as_in_pytorch(load_tiny, random_ids):
     none = torch.full_like(ids, -100)
     assert model(ids, labels=none).loss.isnan() and model(ids, labels=none, skip_logits=False).loss.isnan()
     assert model(ids, labels=none, num_items_in_batch=3).loss == 0
+    for options in ({}, {"num_items_in_batch": 0}, {"num_items_in_batch": torch.tensor(0)}):
+        model.zero_grad()
+        model(ids, labels=none, **options).loss.backward()  # 0 / 0, whose gradients are zero and not NaN
+        assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
 def test_who_reads_logits_has_them(load_tiny, random_ids):
