@@ -148,7 +148,7 @@ def short_conv_bwd(
             x, dy, weight.contiguous(), first, dx, parts, T, *x.stride()[:2], *dy.stride()[:2],
             D=D, W=W, BT=BT, BS=BS, BD=BD, PACKED=first is not None, num_warps=4,
         )  # fmt: skip
-    return dx, parts.sum(0).t().reshape(weight.shape).to(weight.dtype)
+    return dx, parts.sum(0).t().contiguous().view(weight.shape).to(weight.dtype)
 
 
 @short_conv_bwd.register_fake
