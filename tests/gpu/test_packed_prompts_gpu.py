@@ -1,5 +1,7 @@
 """Packed prompts on a CUDA device: captured and launched, against the layers. `pytest -m gpu`."""
 
+from functools import partial
+
 import pytest
 import torch
 from tiny_checkpoints import tiny_config, write_checkpoint
@@ -65,22 +67,48 @@ def test_lengths_in_fp32(length, model, running, by_layers):
             assert relative(getattr(x, name), getattr(y, name)) < 1e-4
 
 
+def ragged(lengths):
+    """Ids [B, T], left-padded, and their mask."""
+    most = max(lengths)
+    mask = (torch.arange(most) >= most - torch.tensor(lengths)[:, None]).long().cuda()
+    return draw(len(lengths), most), mask
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [(1, 70, 33), (511, 1, 300, 40)])
+def test_ragged_rows_equal_rows_alone_in_fp32(lengths, model, running, by_layers):
+    """To 1e-4, as above: in float64 the chosen experts lead the others by 5e-5 and more, so fp32 chooses alike."""
+    ids, mask = ragged(lengths)
+    ours = model(ids, attention_mask=mask).logits
+    assert running and all(captured for _, captured in running)  # what the host launches is for bf16
+    for row, length in enumerate(lengths):
+        alone = by_layers(partial(model, ids[row : row + 1, -length:])).logits[0]
+        assert relative(ours[row, -length:], alone) < 1e-4
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(("lengths", "captured"), [((1, 70, 33), True), ((1, 1500, 700, 40), False)])
-def test_ragged_rows_equal_rows_alone(lengths, captured, folder, running, by_layers):
-    """In bf16 as near to fp32 as the layers are; a row's bits may depend on how many tokens the products have."""
+def test_ragged_rows_are_as_near_to_float64_in_bf16_as_the_layers_are(lengths, captured, folder, running, by_layers):
+    """By the median over tokens, to less than what twice as many roundings would make of it, sqrt(2).
+
+    Now and then a rounding decides between two experts, of which one in 80 pairs lies within 2^-10 here. That throws a
+    token and those after it by tens of percent: two ways of the layers differ by 2.1 times in the norm of a row, by 5%
+    in the median.
+    """
     model = KimiLinearForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": "cuda"})
-    exact = KimiLinearForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    ids, most = draw(len(lengths), max(lengths)), max(lengths)
-    mask = (torch.arange(most) >= most - torch.tensor(lengths)[:, None]).long().cuda()
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    exact = KimiLinearForCausalLM.from_pretrained(folder, dtype=torch.float64, **plain)
+    ids, mask = ragged(lengths)
     ours, theirs = model(ids, attention_mask=mask).logits, by_layers(lambda: model(ids, attention_mask=mask).logits)
     assert running and all(graph == captured for _, graph in running)
-    for row, length in enumerate(lengths):
-        wanted = exact(ids[row : row + 1, -length:].cpu()).logits[0]
-        of_ours, of_theirs = (relative(x[row, -length:].cpu(), wanted) for x in (ours, theirs))
-        print(f"{length}: ours {of_ours:.4f}, layers {of_theirs:.4f}")
-        assert of_ours < 1.5 * of_theirs + 2**-8
     assert torch.isfinite(ours).all()
+    rows = [(row, length, exact(ids[row : row + 1, -length:].cpu()).logits[0]) for row, length in enumerate(lengths)]
+    of_ours, of_theirs = (
+        torch.cat([(x[row, -n:].cpu() - wanted).norm(dim=-1) / wanted.norm(dim=-1) for row, n, wanted in rows]).median()
+        for x in (ours, theirs)
+    )
+    print(f"{lengths}: median error of ours {of_ours:.4f}, of the layers {of_theirs:.4f}")
+    assert of_ours < 2**0.5 * of_theirs
 
 
 @torch.no_grad()
