@@ -11,6 +11,7 @@ to a JSON file after each run, and runs that stand there are not done again: int
 """
 
 import argparse
+import functools
 import json
 import time
 from collections.abc import Iterator
@@ -79,7 +80,7 @@ def run(task: str, length: int, kind: str, rate: float, steps: int, device: str)
     started = time.perf_counter()
     rows = max(1, TOKENS_A_STEP // length)
     model = build(kind, TASKS[task][1]).to(device).train()
-    loss_of = lambda logits, targets: F.cross_entropy(logits, targets, ignore_index=IGNORED)  # noqa: E731
+    loss_of = functools.partial(F.cross_entropy, ignore_index=IGNORED)
     training = CapturedTraining(model, loss_of, rate, weight_decay=0.0)
     data = batches(task, length, rows, torch.Generator(device).manual_seed(1))
     held_out = TASKS[task][0](max(rows, EVALUATED_TOKENS // length), length, torch.Generator(device).manual_seed(2))
