@@ -11,6 +11,7 @@ on. Such a size shows whether the hybrid learns as well per token; it says nothi
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from benchmarks.captured_training import CapturedTraining
-from benchmarks.record import default_path, write
+from benchmarks.small_runs import SmallRuns, add_options, draw_record
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
 
@@ -157,29 +158,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--steps", type=int, default=STEPS, help="of each run (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=15, help="no run is begun after these (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="JSON file to go on with or to write (default: among the results)")
-    parser.add_argument("--plot", nargs=2, type=Path, metavar=("SVG", "RECORD"), help="draw a record and do no more")
+    add_options(parser, minutes=15)
     args = parser.parse_args()
     if args.plot:
-        draw(json.loads(args.plot[1].read_text())["rows"], args.plot[0])
+        draw_record(draw, args.plot)
         return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    out = args.out or default_path("equal_recipe")
-    rows = json.loads(out.read_text())["rows"] if out.exists() else []
-    text, until = corpus(), time.monotonic() + 60 * args.minutes
-    for seed in args.seeds:
-        for kind in MODELS:
-            if any((row["model"], row["seed"], row["steps"]) == (kind, seed, args.steps) for row in rows):
-                continue
-            if time.monotonic() > until:
-                print(f"{args.minutes:g} minutes are over; the same command goes on with what is left.")
-                break
-            rows.append(run(kind, seed, args.steps, text, device))
-            tqdm.write(json.dumps({key: value for key, value in rows[-1].items() if key != "history"}))
-            sizes = {"training_bytes": len(text[0]), "held_out_bytes": len(text[1])}
-            write(out, "equal_recipe", **sizes, rows=rows)
-    print(table(rows))
+    runs, text = SmallRuns("equal_recipe", args.minutes, args.out, table), corpus()
+    for seed, kind in itertools.product(args.seeds, MODELS):
+        if any((row["model"], row["seed"], row["steps"]) == (kind, seed, args.steps) for row in runs.rows):
+            continue
+        if runs.over():
+            break
+        row = run(kind, seed, args.steps, text, runs.device)
+        runs.add(row, training_bytes=len(text[0]), held_out_bytes=len(text[1]))
+        tqdm.write(json.dumps({key: value for key, value in row.items() if key != "history"}))
+    runs.show()
 
 
 if __name__ == "__main__":

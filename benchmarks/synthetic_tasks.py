@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from benchmarks.captured_training import CapturedTraining
-from benchmarks.record import default_path, write
+from benchmarks.small_runs import SmallRuns, add_options, draw_record
 from benchmarks.synthetic_data import IGNORED, TASKS
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.modeling.modeling_kimi_linear import KimiLinearForCausalLM
@@ -153,33 +153,26 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--rates", nargs="+", type=float, default=LEARNING_RATES, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=STEPS, help="most steps of a run (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=20, help="no run is begun after these (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="JSON file to go on with or to write (default: among the results)")
-    parser.add_argument("--plot", nargs=2, type=Path, metavar=("SVG", "RECORD"), help="draw a record and do no more")
+    add_options(parser, minutes=20)
     args = parser.parse_args()
     if args.plot:
-        draw(json.loads(args.plot[1].read_text())["rows"], args.plot[0])
+        draw_record(draw, args.plot)
         return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    out = args.out or default_path("synthetic_tasks")
-    rows = json.loads(out.read_text())["rows"] if out.exists() else []
-    until = time.monotonic() + 60 * args.minutes
+    runs = SmallRuns("synthetic_tasks", args.minutes, args.out, table)
     cases = [(n, task, kind) for n in args.lengths for task in args.tasks for kind in args.models]
     for length, task, kind in tqdm(cases, desc="cases"):
         for rate in args.rates:
-            stands = best(rows, task=task, length=length, model=kind)
+            stands = best(runs.rows, task=task, length=length, model=kind)
             if stands is not None and stands["accuracy"] >= SOLVED:
                 break
-            if best(rows, task=task, length=length, model=kind, learning_rate=rate) is not None:
+            if best(runs.rows, task=task, length=length, model=kind, learning_rate=rate) is not None:
                 continue
-            if time.monotonic() > until:
-                print(f"{args.minutes:g} minutes are over; the same command goes on with what is left.")
-                print(table(rows))
+            if runs.over():
+                runs.show()
                 return
-            rows.append(run(task, length, kind, rate, args.steps, device))
-            tqdm.write(json.dumps(rows[-1]))
-            write(out, "synthetic_tasks", rows=rows)
-    print(table(rows))
+            runs.add(run(task, length, kind, rate, args.steps, runs.device))
+            tqdm.write(json.dumps(runs.rows[-1]))
+    runs.show()
 
 
 if __name__ == "__main__":

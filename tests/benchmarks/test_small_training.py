@@ -89,3 +89,12 @@ def test_both_models_of_the_equal_recipe_have_the_same_size():
     hybrid = equal_recipe.parameters("hybrid", equal_recipe.HYBRID_MLP)
     all_mla = equal_recipe.parameters("all MLA", equal_recipe.equal_width())
     assert abs(all_mla - hybrid) < 0.005 * hybrid
+
+
+def test_a_benchmark_whose_time_is_over_says_so_once(tmp_path, monkeypatch, capsys):
+    """Before the first of six runs; what is left stays to be done."""
+    monkeypatch.setattr(sys, "argv", ["equal_recipe", "--minutes", "-1", "--out", str(tmp_path / "record.json")])
+    monkeypatch.setattr(equal_recipe, "corpus", lambda: (torch.zeros(0), torch.zeros(0)))
+    equal_recipe.main()
+    assert capsys.readouterr().out.count("minutes are over") == 1
+    assert not (tmp_path / "record.json").exists()
