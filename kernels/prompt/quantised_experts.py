@@ -27,7 +27,8 @@ _CHUNK = 32
 
 def quantised_experts_serve(x: torch.Tensor, gate_up: PackedStack, down: PackedStack) -> bool:
     """Whether `quantised_experts` takes these: bf16, formats that have tiles, rows of 16 bytes, no gradients."""
-    fits = x.shape[1] % 8 == 0 and down.data.shape[1] == x.shape[1] and x.dtype == torch.bfloat16
+    D, width = x.shape[1], gate_up.data.shape[1] // 2
+    fits = D % 8 == width % 8 == 0 and down.data.shape[1] == D and x.dtype == torch.bfloat16
     read = all(tile_format(stack.format) is not None and stack.data.is_contiguous() for stack in (gate_up, down))
     scales = [stack.scale for stack in (gate_up, down)]
     return fits and read and all(s.is_contiguous() for s in scales) and fused_path_serves(x, *scales)

@@ -209,3 +209,12 @@ def test_formats_without_tiles():
     handle = WeightHandle(format_of("nvfp4"), (8, 64), torch.zeros(8, 32, dtype=torch.uint8), torch.zeros(8, 4))
     with pytest.raises(ValueError, match="cannot read nvfp4-pack-quantized float4, groups of 16: ask tile_format"):
         tiles_of(handle)
+
+
+def test_prompt_s_experts_serve_what_the_library_s_product_takes(generator, monkeypatch):
+    """It wants rows of 16 bytes of both its operands: of D and of I numbers."""
+    monkeypatch.setattr(prompt_experts, "fused_path_serves", lambda *tensors: True)
+    for D, I, serves in ((64, 32, True), (60, 32, False), (64, 20, False)):
+        gate_up, down = (stacked("w4a16 channel", 2, *shape, generator)[0] for shape in ((I, D, 2), (D, I, 1)))
+        x = torch.zeros(3, D, dtype=torch.bfloat16)
+        assert prompt_experts.quantised_experts_serve(x, gate_up, down) == serves, (D, I)
