@@ -306,7 +306,7 @@ def decode_linear(
         pdl: launch programmatically dependent (see the module docstring).
     """
     if isinstance(config, SkinnyConfig) and (norm_weight is not None or gated):
-        raise ValueError("a norm or a gate in front is part of the one-token kernel only; norm or gate x beforehand")
+        raise ValueError("a norm or a gate is part of the one-token kernel only; norm or gate x beforehand")
     begin = 0
     columns = x_columns or (0,) * len(weights)
     for tiles, run in groupby(zip(weights, columns), key=lambda pair: tiles_of(pair[0], gpu)):

@@ -93,8 +93,8 @@ def kda_tiles(
     b_up = tl.cumsum(b_g, axis=0) + (b_before - b_h[None, :])[None, :, :]
     if SUFFIX_SCAN:
         # Summed from the end: total less prefix cancels by up to 1e-4 in wild channels, which only fp32 can see.
-        b_behind = tl.cumsum(b_sum, axis=0, reverse=True) - b_sum - b_h[None, :]
-        b_down = tl.reshape(tl.cumsum(b_g, axis=0, reverse=True) - b_g + b_behind[None, :, :], [C, BK])
+        b_after = tl.cumsum(b_sum, axis=0, reverse=True) - b_sum - b_h[None, :]
+        b_down = tl.reshape(tl.cumsum(b_g, axis=0, reverse=True) - b_g + b_after[None, :, :], [C, BK])
         b_up = tl.reshape(b_up, [C, BK])
     else:
         b_up = tl.reshape(b_up, [C, BK])

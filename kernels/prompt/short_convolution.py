@@ -50,7 +50,7 @@ def causal_short_conv(
     if cu_seqlens is None:
         y, new_window = _convolve(x, weight, window)
         if lengths is not None:
-            new_window = _window_behind(x, window, lengths)
+            new_window = _window_after(x, window, lengths)
     else:
         windows, outputs = list(window.split(1)), [x[:, :0]]
         for n, part in enumerate(x.split(cu_seqlens.diff().tolist(), dim=1)):
@@ -93,7 +93,7 @@ def _convolve_piece(x: torch.Tensor, weight: torch.Tensor, window: torch.Tensor)
     return F.silu(y).to(x.dtype), padded[:, length:]
 
 
-def _window_behind(x: torch.Tensor, window: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+def _window_after(x: torch.Tensor, window: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """The W - 1 inputs before position `lengths` [B] of each row, [B, W - 1, D]; before x, those of the window."""
     width = window.shape[1]
     if x.shape[1] == 0:

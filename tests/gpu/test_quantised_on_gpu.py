@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-# Logits of order 1 to 10, each behind some 1e3 roundings of 6e-8 (test_quantised_layouts.py).
+# Logits of order 1 to 10, each after some 1e3 roundings of 6e-8 (test_quantised_layouts.py).
 BOUND = {"atol": 1e-4, "rtol": 1e-4}
 
 

@@ -71,7 +71,7 @@ def test_projections_that_share_an_input(dtype, tokens, columns, sizes, randn):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_projection_behind_gate_and_up(dtype, tokens, randn):
+def test_projection_after_gate_and_up(dtype, tokens, randn):
     x, weight = randn(tokens, 160, dtype=dtype), randn(50, 80, dtype=dtype)
     y = torch.full((tokens, 50), NAN, dtype=dtype)
     gate, up = x.double().chunk(2, dim=1)
@@ -86,7 +86,7 @@ def test_projection_behind_gate_and_up(dtype, tokens, randn):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_norm_in_front_of_several_tokens(dtype, randn):
+def test_norm_before_products_of_several_tokens(dtype, randn):
     x, weight, y = randn(3, 40, dtype=dtype) * 3, randn(40, dtype=dtype), torch.full((3, 40), NAN, dtype=dtype)
     decode_norm(x, weight, 1e-5, y)
     assert relative(y, normed(x, weight, 1e-5)) < bound(dtype, 2)  # before the weight and after it
