@@ -48,6 +48,26 @@ def decode_adapter_entry(table, i_s):
 
 
 @triton.jit
+def decode_adapter_row(
+    a, x, norm_weight, scale, eps,
+    COLUMNS: tl.constexpr, BK: tl.constexpr, HAS_NORM: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """`scale` times the product of the row of A at `a` and one token's x̂ (see `decode_input`), fp32."""
+    b_t = tl.zeros([BK], tl.float32)
+    b_ss = tl.zeros([BK], tl.float32)
+    for i_k in range(0, COLUMNS, BK):
+        o_k = i_k + tl.arange(0, BK)
+        b_a = tl.load(a + o_k, mask=o_k < COLUMNS, other=0.0).to(tl.float32)
+        b_x, b_xx = decode_input(x, norm_weight, o_k, COLUMNS, HAS_NORM, GATED)
+        b_t += b_a * b_x
+        b_ss += b_xx
+    total = tl.sum(b_t, axis=0) * scale
+    if HAS_NORM:
+        total *= tl.rsqrt(tl.sum(b_ss, axis=0) / COLUMNS + eps)
+    return total
+
+
+@triton.jit
 def decode_adapter_down_kernel(
     x, norm_weight, factors, table, scales, t, eps,
     COLUMNS: tl.constexpr, BK: tl.constexpr, HAS_NORM: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
@@ -66,17 +86,7 @@ def decode_adapter_down_kernel(
     if i_r >= rank:
         return
     x += x_col
-    b_t = tl.zeros([BK], tl.float32)
-    b_ss = tl.zeros([BK], tl.float32)
-    for i_k in range(0, COLUMNS, BK):
-        o_k = i_k + tl.arange(0, BK)
-        b_a = tl.load(a + o_k, mask=o_k < COLUMNS, other=0.0).to(tl.float32)
-        b_x, b_xx = decode_input(x, norm_weight, o_k, COLUMNS, HAS_NORM, GATED)
-        b_t += b_a * b_x
-        b_ss += b_xx
-    total = tl.sum(b_t, axis=0) * scale
-    if HAS_NORM:
-        total *= tl.rsqrt(tl.sum(b_ss, axis=0) / COLUMNS + eps)
+    total = decode_adapter_row(a, x, norm_weight, scale, eps, COLUMNS, BK, HAS_NORM, GATED)
     tl.store(t + t_col + i_r, total)
 
 
@@ -217,6 +227,7 @@ __all__ = [
     "adapter_splits",
     "decode_adapter_down_kernel",
     "decode_adapter_down_rows_kernel",
+    "decode_adapter_row",
     "decode_adapter_up_kernel",
     "decode_adapters",
 ]

@@ -117,6 +117,13 @@ def latent_config(tokens: int, heads: int, width: int, itemsize: int, gpu: str =
     return LatentConfig(BT, BH, BL, 4 if large and BT == 1 else 8, 2)
 
 
+def skinny_constants(config: SkinnyConfig) -> dict[str, int]:
+    """Keywords of the launch of a kernel that multiplies blocks of tokens."""
+    return {
+        "BM": config.BM, "BN": config.BN, "BK": config.BK, "STAGES": config.num_stages, "num_warps": config.num_warps,
+    }  # fmt: skip
+
+
 __all__ = [
     "GROUP",
     "SKINNY_TOKENS",
@@ -131,4 +138,5 @@ __all__ = [
     "packed_down_config",
     "packed_experts_configs",
     "skinny_config",
+    "skinny_constants",
 ]

@@ -16,7 +16,7 @@ import torch
 from ..gpu.arithmetic import rounded_dot
 from ..gpu.launching import overlap_options
 from ..gpu.sizes import padded, power_of_two
-from .linear import decode_input
+from .adapters import decode_adapter_row
 from .routing import decode_topk
 
 try:
@@ -77,17 +77,7 @@ def decode_expert_adapter_kernel(
         expert = tl.load(chosen + i_slot)
         x += i_slot * D
     a = down + (expert.to(tl.int64) * R + i_r) * D
-    b_t = tl.zeros([BK], tl.float32)
-    b_ss = tl.zeros([BK], tl.float32)
-    for i_k in range(0, D, BK):
-        o_k = i_k + tl.arange(0, BK)
-        b_a = tl.load(a + o_k, mask=o_k < D, other=0.0).to(tl.float32)
-        b_x, b_xx = decode_input(x, norm_weight, o_k, D, CHOOSES, False)
-        b_t += b_a * b_x
-        b_ss += b_xx
-    total = tl.sum(b_t, axis=0) * scale
-    if CHOOSES:
-        total *= tl.rsqrt(tl.sum(b_ss, axis=0) / D + eps)
+    total = decode_adapter_row(a, x, norm_weight, scale, eps, D, BK, CHOOSES, False)
     tl.store(t + i_slot * R + i_r, total)
 
 

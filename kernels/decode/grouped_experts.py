@@ -16,7 +16,7 @@ import torch
 from ..gpu.arithmetic import rounded_dot, sigmoid
 from ..gpu.launching import overlap_options
 from ..gpu.sizes import padded
-from .configs import SkinnyConfig
+from .configs import SkinnyConfig, skinny_constants
 from .expert_adapters import ExpertFactors, decode_delta_rows, decode_grouped_adapter
 
 try:
@@ -197,16 +197,14 @@ def decode_grouped_experts(
     factor, RANK = _up_factor(up_adapter, gate_up)
     decode_grouped_up_kernel[(triton.cdiv(I, up.BN), blocks)](
         x, pairs, experts, n_blocks, gate_up, shared_gate, shared_up, h, t, factor, M, x.stride(0), *factor.stride(),
-        D=D, RANK=RANK, BR=padded(RANK),
-        BM=up.BM, BN=up.BN, BK=up.BK, STAGES=up.num_stages, num_warps=up.num_warps, **common,
+        D=D, RANK=RANK, BR=padded(RANK), **skinny_constants(up), **common,
     )  # fmt: skip
     if out_adapter is not None:
         decode_grouped_adapter(h, out_adapter, t, groups, 1, upcast, pdl)
     factor, RANK = _up_factor(out_adapter, down)
     decode_grouped_down_kernel[(triton.cdiv(D, out.BN), blocks)](
         h, pairs, experts, n_blocks, down, shared_down, z, t, factor, M, *factor.stride(),
-        D=D, RANK=RANK, BR=padded(RANK),
-        BM=out.BM, BN=out.BN, BK=out.BK, STAGES=out.num_stages, num_warps=out.num_warps, **common,
+        D=D, RANK=RANK, BR=padded(RANK), **skinny_constants(out), **common,
     )  # fmt: skip
     decode_combine_kernel[(M, triton.cdiv(D, 512))](
         z, weights, y, M, TOPK=TOPK, NS=NS, D=D, BD=512, PDL=pdl, num_warps=4, **overlap_options(pdl)

@@ -11,7 +11,7 @@ import torch
 from ..gpu.arithmetic import rounded_dot, sigmoid
 from ..gpu.launching import overlap_options
 from ..weights.tiles import Linear, PackedStack, operands, shared_constants, tiles_of
-from .configs import SkinnyConfig
+from .configs import SkinnyConfig, skinny_constants
 from .grouped_experts import decode_combine_kernel, decode_pairs
 from .tiles import DENSE, INT4, row_scales, tile_matrix, tile_rows, tile_scale_rows
 
@@ -171,13 +171,6 @@ def decode_packed_grouped_experts(
     decode_combine_kernel[(M, triton.cdiv(D, 512))](
         z, weights, y, M, TOPK=TOPK, NS=NS, D=D, BD=512, PDL=pdl, num_warps=4, **overlap_options(pdl)
     )
-
-
-def skinny_constants(config: SkinnyConfig) -> dict[str, int]:
-    """Keywords of a launch."""
-    return {
-        "BM": config.BM, "BN": config.BN, "BK": config.BK, "STAGES": config.num_stages, "num_warps": config.num_warps,
-    }  # fmt: skip
 
 
 __all__ = [
