@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -105,6 +106,27 @@ def resources(kernel, backend):
         command = [str(tool), "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
+
+
+def check_compiles_without_spills(kernels, launch_all, gpu, dtype, monkeypatch):
+    """`launch_all(dtype)` launches all `kernels`; none spills or takes more shared memory than all GPUs have."""
+    target = TARGETS[gpu]
+    with compiling(kernels, target, monkeypatch) as compiled:
+        launch_all(dtype)
+    assert {name for name, _ in compiled} == {kernel.__name__ for kernel in kernels}
+    for name, kernel in compiled:
+        registers, spilled = resources(kernel, target.backend)
+        print(f"{gpu:7} {dtype} {name:30} registers {registers:3} spilled {spilled:5} shared {kernel.metadata.shared}")
+        assert spilled == 0, (name, spilled)
+        assert kernel.metadata.shared <= 48 << 10
+
+
+def check_launches_are_guarded(kernels, launch_all, modules, monkeypatch):
+    """`launch_all(bfloat16)` launches all `kernels`, each on the GPU of its tensors."""
+    with guarded_launches(kernels, modules, monkeypatch) as launches:
+        launch_all(torch.bfloat16)
+    assert {name for name, _ in launches} == {kernel.__name__ for kernel in kernels}
+    assert [name for name, guarded in launches if not guarded] == []
 
 
 def unset_uniform_registers(kernel):

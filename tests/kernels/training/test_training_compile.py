@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from offline_compile import TARGETS, compiling, guarded_launches, resources
+from offline_compile import TARGETS, check_compiles_without_spills, check_launches_are_guarded
 
 from kimi_linear.kernels.gpu import launching as gpu_launching
 from kimi_linear.kernels.training import expert_rows as training_expert_rows
@@ -50,19 +50,8 @@ def launch_all(dtype):
 
 @pytest.mark.parametrize(("gpu", "dtype"), [*((gpu, torch.bfloat16) for gpu in TARGETS), ("sm_90", torch.float32)])
 def test_compiles_without_spills(gpu, dtype, monkeypatch):
-    target = TARGETS[gpu]
-    with compiling(KERNELS, target, monkeypatch) as compiled:
-        launch_all(dtype)
-    assert {name for name, _ in compiled} == {kernel.__name__ for kernel in KERNELS}
-    for name, kernel in compiled:
-        registers, spilled = resources(kernel, target.backend)
-        print(f"{gpu:7} {dtype} {name:30} registers {registers:3} spilled {spilled:5} shared {kernel.metadata.shared}")
-        assert spilled == 0, (name, spilled)
-        assert kernel.metadata.shared <= 48 << 10
+    check_compiles_without_spills(KERNELS, launch_all, gpu, dtype, monkeypatch)
 
 
 def test_every_operator_launches_on_the_gpu_of_its_tensors(monkeypatch):
-    with guarded_launches(KERNELS, [gpu_launching], monkeypatch) as launches:
-        launch_all(torch.bfloat16)
-    assert {name for name, _ in launches} == {kernel.__name__ for kernel in KERNELS}
-    assert [name for name, guarded in launches if not guarded] == []
+    check_launches_are_guarded(KERNELS, launch_all, [gpu_launching], monkeypatch)
