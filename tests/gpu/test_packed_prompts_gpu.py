@@ -47,6 +47,17 @@ def relative(x, y):
     return float((x.double() - y.double()).norm() / y.double().norm())
 
 
+def median_error(x, exact):
+    """Over tokens [P, vocabulary], of the error's norm by the exact logits' norm."""
+    return float(((x.cpu() - exact).norm(dim=-1) / exact.norm(dim=-1)).median())
+
+
+def load_exact(folder):
+    """In float64 on the CPU, by PyTorch's operators."""
+    options = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    return KimiLinearForCausalLM.from_pretrained(folder, dtype=torch.float64, **options)
+
+
 def draw(*shape):
     return torch.randint(0, 120, shape, generator=torch.Generator().manual_seed(sum(shape))).cuda()
 
@@ -96,36 +107,34 @@ def test_ragged_rows_are_as_near_to_float64_in_bf16_as_the_layers_are(lengths, c
     in the median.
     """
     model = KimiLinearForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": "cuda"})
-    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    exact = KimiLinearForCausalLM.from_pretrained(folder, dtype=torch.float64, **plain)
+    exact = load_exact(folder)
     ids, mask = ragged(lengths)
     ours, theirs = model(ids, attention_mask=mask).logits, by_layers(lambda: model(ids, attention_mask=mask).logits)
     assert running and all(graph == captured for _, graph in running)
     assert torch.isfinite(ours).all()
-    rows = [(row, length, exact(ids[row : row + 1, -length:].cpu()).logits[0]) for row, length in enumerate(lengths)]
-    of_ours, of_theirs = (
-        torch.cat([(x[row, -n:].cpu() - wanted).norm(dim=-1) / wanted.norm(dim=-1) for row, n, wanted in rows]).median()
-        for x in (ours, theirs)
-    )
+    wanted = [exact(ids[row : row + 1, -length:].cpu()).logits[0] for row, length in enumerate(lengths)]
+    of_ours, of_theirs = (median_error(x[mask.bool()], torch.cat(wanted)) for x in (ours, theirs))
     print(f"{lengths}: median error of ours {of_ours:.4f}, of the layers {of_theirs:.4f}")
     assert of_ours < 2**0.5 * of_theirs
 
 
 @torch.no_grad()
 def test_host_launches_over_a_cache_with_holes(folder, running, by_layers):
+    """In bf16 as near to float64 as the layers are, by the median over tokens as above."""
     model = KimiLinearForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": "cuda"})
     ids, mask = draw(2, 1400), torch.ones(2, 1400, dtype=torch.long).cuda()
     mask[0, 100:130] = 0
     mask[1, 1300:] = 0
-    results = []
-    for go in (by_layers, lambda function: function()):
+
+    def second(model, ids, mask):
         cache = KimiLinearCache(model.config)
-        go(lambda cache=cache: model(ids[:, :100], attention_mask=mask[:, :100], past_key_values=cache))
-        results.append(go(lambda cache=cache: model(ids[:, 100:], attention_mask=mask, past_key_values=cache).logits))
-    kept = mask[:, 100:].bool()
-    # Two ways of bf16: each is percents from fp32 in so small a model.
-    assert relative(results[1][kept], results[0][kept]) < 0.1
+        model(ids[:, :100], attention_mask=mask[:, :100], past_key_values=cache)
+        return model(ids[:, 100:], attention_mask=mask, past_key_values=cache).logits[mask[:, 100:].bool()]
+
+    ours = second(model, ids, mask)
     assert [graph for _, graph in running] == [True, False]
+    theirs, exact = by_layers(lambda: second(model, ids, mask)), second(load_exact(folder), ids.cpu(), mask.cpu())
+    assert median_error(ours, exact) < 2**0.5 * median_error(theirs, exact)
 
 
 def test_text_of_the_small_checkpoint(running, by_layers):
