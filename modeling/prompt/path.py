@@ -117,7 +117,7 @@ class PromptPath:
         if past > 0 and inputs.misfit(cache) is not None:
             return None
         clear = slice(past, past + length) if packing.has_padding else None
-        mask, input_ids = None if mask is None else mask.contiguous(), input_ids.to(inputs.device)
+        mask, input_ids = None if mask is None else mask.contiguous(), input_ids.to(inputs.device, torch.int64)
         with self._lock, cache.changing("a packed prompt", partial(cache.undo, past)):
             open_cache(cache, inputs, model, past + length, clear)
             run = self._captured if captured else self._launched

@@ -151,6 +151,14 @@ def test_logits_that_are_kept(model, running, monkeypatch):
 
 
 @torch.no_grad()
+def test_token_ids_of_32_bits(model, running, monkeypatch):
+    go(CAPTURED, monkeypatch)
+    ids = draw(2, 5)
+    assert torch.equal(model(ids.int()).logits, model(ids).logits)
+    assert len(running) == 2
+
+
+@torch.no_grad()
 def test_text_is_that_of_the_layers(model, running, monkeypatch):
     """A prompt, and a chat that goes on; between them decode steps over the same cache."""
     go(CAPTURED, monkeypatch)
