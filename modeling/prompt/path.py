@@ -118,7 +118,8 @@ class PromptPath:
             return None
         clear = slice(past, past + length) if packing.has_padding else None
         mask, input_ids = None if mask is None else mask.contiguous(), input_ids.to(inputs.device, torch.int64)
-        with self._lock, cache.changing("a packed prompt", partial(cache.undo, past)):
+        # Refused before the wait for the lock: a thread that changes the same cache meanwhile would make `past` untrue.
+        with cache.changing("a packed prompt", partial(cache.undo, past)), self._lock:
             open_cache(cache, inputs, model, past + length, clear)
             run = self._captured if captured else self._launched
             hidden = run(model, cache, input_ids, packing, mask, kept)

@@ -4,6 +4,8 @@ Packed prompts against the layers, in Triton's interpreter on a CPU.
 Logits and caches in fp32 agree to 1e-5 of their norm: some hundred operations of eps 1.2e-7 each, in another order.
 """
 
+import threading
+
 import pytest
 import torch
 
@@ -267,6 +269,34 @@ def test_a_failure_leaves_a_whole_cache_or_a_refusal(place, model, running, monk
     else:
         with pytest.raises(ValueError, match="not whole"):
             model(ids, past_key_values=held)
+
+
+@torch.no_grad()
+def test_two_threads_with_one_cache(model, running, monkeypatch):
+    """The second comes while the first waits for the plans' buffers, and is refused."""
+    go(CAPTURED, monkeypatch)
+    cache, lock, refused = KimiLinearCache(model.config), model._prompts._lock, []
+
+    def second():
+        with torch.no_grad(), pytest.raises(ValueError, match="being changed by another thread"):
+            model(draw(1, 5), past_key_values=cache)
+        refused.append(True)
+
+    class Waiting:
+        def __enter__(self):
+            if threading.current_thread() is threading.main_thread():
+                thread = threading.Thread(target=second)
+                thread.start()
+                thread.join()
+            lock.acquire()
+
+        def __exit__(self, *args):
+            lock.release()
+
+    monkeypatch.setattr(model._prompts, "_lock", Waiting())
+    monkeypatch.setattr(model._prompts, "reason", lambda model: None)
+    model(draw(1, 5), past_key_values=cache)
+    assert refused and cache.get_seq_length() == 5
 
 
 @torch.no_grad()
