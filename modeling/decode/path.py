@@ -157,6 +157,7 @@ def reason_of_weights(model: Any) -> str | None:
     return _lasting_reason(model)
 
 
+@torch.no_grad()  # as steps run: backward hooks, which count with gradients alone, would stay in what is remembered
 def _lasting_reason(model: Any) -> str | None:
     """What holds until something changes that `ModuleWatch` notices."""
     config = model.config

@@ -247,6 +247,7 @@ def may_serve(
     return model._prompts.reason(model) is None
 
 
+@torch.no_grad()  # as packed plans run, see `_lasting_reason` (decode/path.py)
 def _reason_beyond_steps(model: Any) -> str | None:
     """Why `model` takes no prompt by packed plans though it may decode by steps, in words; or None."""
     if formats := packed_formats(model):

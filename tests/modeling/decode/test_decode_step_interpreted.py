@@ -199,6 +199,14 @@ def test_reasons(model, stepping):
     assert reason().startswith("captured steps")
 
 
+def test_backward_hooks_do_not_count(stepping):
+    """Also where the first look comes with gradients on: what is remembered is for steps, which have none."""
+    model = make_model()
+    model.model.layers[0].self_attn.o_proj.register_full_backward_hook(lambda *args: None)
+    assert model.decode_path.startswith("captured steps")
+    assert model.prompt_path.startswith("packed plans")
+
+
 def test_training_mode_takes_steps_too(model, stepping):
     """RL loops generate in training mode: nothing in the model depends on it but the counts of routed tokens."""
     expected = layer_by_layer(model, lambda: greedy(model))
