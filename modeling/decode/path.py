@@ -165,6 +165,8 @@ def _lasting_reason(model: Any) -> str | None:
         return f"kda_backend is {config.kda_backend!r}"
     if config.linear_head_dim > MAX_HEAD_DIM:
         return f"KDA heads of {config.linear_head_dim} are wider than {MAX_HEAD_DIM}"
+    if getattr(config, "is_causal", None) is False:
+        return "is_causal is False"
     if config.num_expert_group != config.topk_group:
         return "experts are chosen by group"
     if (packed := packed_reason(model)) is not None:

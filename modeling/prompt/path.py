@@ -68,8 +68,6 @@ class PromptPath:
         Steps may do what packed plans don't, such as adapters, so the modules are asked here too.
         """
         reason = model._decode.reason(model)
-        if reason is None and getattr(model.config, "is_causal", None) is False:
-            reason = "is_causal is False"
         if reason is not None:
             return reason
         with self._lock:

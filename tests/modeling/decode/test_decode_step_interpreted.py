@@ -191,6 +191,10 @@ def test_reasons(model, stepping):
     assert "kda_backend is 'torch'" in reason()
     model.config.kda_backend = "auto"
     assert reason().startswith("captured steps")
+    model.config.is_causal = False  # steps of several tokens are causal
+    assert reason() == "is_causal is False" and model.prompt_path == f"layer by layer: {reason()}"
+    del model.config.is_causal
+    assert reason().startswith("captured steps")
     layer, plain = model.model.layers[0].mlp, model.model.layers[0].mlp.up_proj
     layer.up_proj = torch.nn.Sequential(plain)
     layer.up_proj[0].weight = torch.nn.Parameter(plain.weight.clone())
