@@ -13,7 +13,7 @@ from ..cache.kimi_linear_cache import KimiLinearCache
 from ..decode.loop import can_sample_with_steps, mask_for_all_steps, sample_with_steps
 from ..decode.path import MAX_CHUNKED_TOKENS, serves, step_mask
 from ..decode.step import MAX_STEP_TOKENS
-from ..input_checks import check_cache, check_mask, check_token_ids, expect_token_ids
+from ..input_checks import check_cache, check_mask, check_positions, check_token_ids, expect_token_ids
 from ..plain_modules import hanging_on_root, own_method
 from ..prompt.path import may_serve, ways_of_prompts
 from ..prompt.segments import SEGMENT_TOKENS
@@ -185,7 +185,12 @@ class KimiGenerationMixin(GenerationMixin):
         raise continuous_batching_error()
 
     def _step_logits(
-        self, input_ids: Any, attention_mask: Any, past_key_values: Any, kwargs: dict[str, Any]
+        self,
+        past_key_values: Any,
+        input_ids: Any,
+        attention_mask: Any,
+        position_ids: torch.Tensor | None,
+        kwargs: dict[str, Any],
     ) -> torch.Tensor | None:
         """Logits [B, T, vocab_size] by a captured step, or None where the layers are to be run one by one."""
         if not serves(past_key_values, input_ids, attention_mask, kwargs, self.config):
@@ -197,6 +202,7 @@ class KimiGenerationMixin(GenerationMixin):
         if step is None:
             return None
         check_token_ids(input_ids, self.config.vocab_size)
+        check_positions(position_ids, batch_size, length)
         check_cache(past_key_values, self.config, batch_size)
         check_mask(attention_mask, batch_size, length, past_key_values.get_seq_length())
         honoured, mask = step_mask(None if attention_mask is None else attention_mask.to(step.device), length)
@@ -235,7 +241,7 @@ class KimiGenerationMixin(GenerationMixin):
                 keeps_cache = self.config.use_cache if use_cache is None else use_cache
                 held = cache if keeps_cache or past_key_values is not None else None
                 return self.lm_head(self.model.norm(hidden_states)), held
-        logits = self._step_logits(input_ids, attention_mask, past_key_values, kwargs)
+        logits = self._step_logits(*arguments, kwargs)
         return (None, None) if logits is None else (logits[:, kept], past_key_values)
 
     def _sample(

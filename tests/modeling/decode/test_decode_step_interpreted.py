@@ -178,6 +178,8 @@ def test_what_a_step_cannot_answer_goes_by_layers(model, stepping):
     assert stepping == [(2, 1)]
     with pytest.raises(ValueError, match="outside the vocabulary"):
         model(torch.tensor([[5], [999]]), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"position_ids are \[1, 11\]"):
+        model(new, past_key_values=cache, position_ids=torch.arange(11)[None])
 
 
 def test_reasons(model, stepping):
