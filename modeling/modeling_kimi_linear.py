@@ -282,8 +282,8 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiGenerationMixin):
             prompt_progress: called with (tokens done, tokens of the prompt) after each segment of a long prompt; an
                 argument of `generate()` too.
             skip_logits: with `labels`, whether to compute the loss without the logits of all tokens, and leave them
-                None. None: in training mode with gradients. Where the loss needs them (a loss function of your own, an
-                adapter on the head, a compiled graph) they are there.
+                None. None: in training mode with gradients, outside compiled graphs. Where the loss needs them (a loss
+                function of your own, an adapter on the head) they are there.
 
         Returns:
             logits [B, T or logits_to_keep, vocab_size], the loss if `labels` are given, and what else was asked for.
