@@ -46,6 +46,18 @@ def check_embeddings(inputs_embeds: torch.Tensor, hidden_size: int) -> None:
         raise ValueError(f"the input is empty: {rows} rows of {tokens} tokens; give at least one of each")
 
 
+def wants_records(options: dict[str, Any], config: Any) -> bool:
+    """Whether keyword arguments of a forward, or its config where they say nothing, ask for more than its result.
+
+    That is hidden states, attention weights or router logits, which only the layers' own forwards have.
+    """
+    for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
+        asked = options.get(name)
+        if asked or (asked is None and getattr(config, name, False)):
+            return True
+    return False
+
+
 def check_positions(position_ids: torch.Tensor | None, batch_size: int, length: int) -> None:
     """Raise ValueError unless `position_ids` is None or [1 or B, T]."""
     if position_ids is not None and tuple(position_ids.shape) not in ((1, length), (batch_size, length)):
@@ -222,4 +234,5 @@ __all__ = [
     "check_token_ids",
     "checkpointing_over_cache_error",
     "expect_token_ids",
+    "wants_records",
 ]

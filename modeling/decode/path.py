@@ -15,6 +15,7 @@ from ...kernels.kda.operators import MAX_HEAD_DIM
 from ...kernels.kda.step import MAX_NEW_TOKENS
 from ..cache.kimi_linear_cache import KimiLinearCache
 from ..checkpoint.packed_modules import KimiPackedExperts, KimiPackedLinear
+from ..input_checks import wants_records
 from ..layers.moe import KimiTopkRouter
 from ..module_watch import ModuleWatch
 from ..placement import device_of_name, layer_spans
@@ -257,11 +258,7 @@ def serves(
         return False  # a prompt
     if attention_mask is not None and (not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2):
         return False
-    for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
-        asked = kwargs.get(name)
-        if asked or (asked is None and getattr(config, name, False)):
-            return False
-    return kwargs.get("cu_seq_lens_q") is None
+    return kwargs.get("cu_seq_lens_q") is None and not wants_records(kwargs, config)
 
 
 def step_mask(attention_mask: torch.Tensor | None, new_tokens: int) -> tuple[bool, torch.Tensor | None]:

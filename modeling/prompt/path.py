@@ -18,6 +18,7 @@ from ..input_checks import (
     check_mask_values,
     check_positions,
     check_token_ids,
+    wants_records,
 )
 from ..placement import LayerSpan, layer_spans
 from ..plain_modules import hanging
@@ -224,7 +225,6 @@ def may_serve(
         position_ids: [B, T]; where they may mark packed sequences, the layers look at them.
         kwargs: the other arguments of the forward.
     """
-    config = model.config
     if not (cache is None or (isinstance(cache, KimiLinearCache) and not cache.is_recording)):
         return False
     if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.numel() == 0:
@@ -235,11 +235,7 @@ def may_serve(
         return False
     if attention_mask is not None and (not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2):
         return False
-    for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
-        asked = kwargs.get(name)
-        if asked or (asked is None and getattr(config, name, False)):
-            return False
-    if kwargs.get("cu_seq_lens_q") is not None:
+    if kwargs.get("cu_seq_lens_q") is not None or wants_records(kwargs, model.config):
         return False
     model._decode.look_again()  # a new text: there is time for it
     return model._prompts.reason(model) is None

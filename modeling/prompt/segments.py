@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from ..cache.kimi_linear_cache import KimiLinearCache
-from ..input_checks import check_cache, check_mask, check_mask_values, check_positions, check_token_ids
+from ..input_checks import check_cache, check_mask, check_mask_values, check_positions, check_token_ids, wants_records
 from ..layers.sequence_layout import cu_seqlens_of_restarts
 from ..placement import is_spread
 from ..transformers_versions import as_argument
@@ -79,10 +79,7 @@ def takes_segments(
         return False
     if attention_mask is not None and not (torch.is_tensor(attention_mask) and attention_mask.ndim == 2):
         return False
-    recorded = ("output_hidden_states", "output_attentions", "output_router_logits")
-    if any(options.get(name, getattr(model.config, name, False)) for name in recorded):
-        return False
-    if options.get("cu_seq_lens_q") is not None:
+    if options.get("cu_seq_lens_q") is not None or wants_records(options, model.config):
         return False
     may_be_packed = position_ids is not None and attention_mask is None and past_key_values is None
     return not may_be_packed or cu_seqlens_of_restarts(position_ids) is None
