@@ -16,7 +16,7 @@ from ..decode.step import MAX_STEP_TOKENS
 from ..input_checks import check_cache, check_mask, check_positions, check_token_ids, expect_token_ids
 from ..plain_modules import hanging_on_root, own_method
 from ..prompt.path import may_serve, ways_of_prompts
-from ..prompt.segments import SEGMENT_TOKENS
+from ..prompt.segments import is_cut
 from ..transformers_versions import CACHE_NAME, as_argument, one_cache
 from .cache_setup import bound_unbounded_layers, expect_text
 from .refusals import check_cache_implementation, continuous_batching_error
@@ -232,9 +232,9 @@ class KimiGenerationMixin(GenerationMixin):
         A few new tokens over a cache are a step; of more, a prompt reads each weight once where steps come in turn.
         """
         arguments = (past_key_values, input_ids, attention_mask, position_ids)
+        serves_prompt = may_serve(self, *arguments, kwargs)
         # Segments, which are what else takes so many tokens, report what they have done.
-        silent = prompt_progress is None or input_ids is None or input_ids.numel() <= SEGMENT_TOKENS
-        if silent and may_serve(self, *arguments, kwargs):
+        if serves_prompt and (prompt_progress is None or not is_cut(self.model, *input_ids.shape)):
             cache = KimiLinearCache(self.config) if past_key_values is None else past_key_values
             hidden_states = self._prompts.hidden_states(self, cache, input_ids, attention_mask, position_ids, kept)
             if hidden_states is not None:

@@ -20,6 +20,7 @@ from kimi_linear.modeling.decode.step import DecodeStep
 from kimi_linear.modeling.placement import layer_spans
 from kimi_linear.modeling.prompt import path as prompt_path
 from kimi_linear.modeling.prompt import plan as prompt_plan
+from kimi_linear.modeling.prompt import segments as prompt_segments
 from kimi_linear.modeling.prompt.packing import Packing
 from kimi_linear.modeling.prompt.run import PromptPart, PromptRun
 
@@ -200,6 +201,19 @@ def test_what_goes_to_the_layers(model, running, monkeypatch):
     assert model.prompt_path.startswith("packed plans")
     model(ids)
     assert len(running) == 1
+
+
+@torch.no_grad()
+def test_a_prompt_of_several_segments_reports_its_progress(model, running, monkeypatch):
+    """Whatever makes it several: their length, several GPUs, or so many rows that a segment is one chunk."""
+    go(CAPTURED, monkeypatch)
+    monkeypatch.setattr(prompt_segments, "SPREAD_SEGMENT_TOKENS", 64)
+    monkeypatch.setattr(prompt_segments, "is_spread", lambda model: True)
+    seen = []
+    model(draw(1, 16), prompt_progress=lambda *done: seen.append(done))
+    assert len(running) == 1 and seen == []  # one segment, which the layers wouldn't report either
+    model(draw(1, 80), prompt_progress=lambda *done: seen.append(done))
+    assert len(running) == 1 and seen == [(64, 80), (80, 80)]
 
 
 @torch.no_grad()
