@@ -168,7 +168,8 @@ class PromptPath:
             part = packing.of_rows(begin, end)
             if part.tokens == 0:
                 positions = len(range(part.shape[1])[kept]) if isinstance(kept, slice) else len(kept)
-                hidden.append(model.lm_head.weight.new_zeros(end - begin, positions, model.config.hidden_size))
+                shape, like = (end - begin, positions, model.config.hidden_size), model.lm_head.weight
+                hidden.append(like.new_zeros(shape, device=spans[-1].device))
                 continue
             tokens, keys = (-(-n // 64) * 64 for n in (part.tokens, part.keys))
             size = tokens, end - begin, keys, packing.has_holes

@@ -204,6 +204,20 @@ def test_what_goes_to_the_layers(model, running, monkeypatch):
 
 
 @torch.no_grad()
+def test_rows_without_a_token_while_the_head_is_elsewhere(running, monkeypatch):
+    """Parts of rows give their hidden states on the last layer's device, also where there was nothing to run."""
+    go(LAUNCHED, monkeypatch)
+    monkeypatch.setattr(prompt_path, "PART_TOKENS", 1)
+    monkeypatch.setattr(prompt_path, "check_cache_dtype", lambda *args: None)  # asks for autocast, which meta hasn't
+    model, ids, mask = make_model(), draw(2, 3), torch.tensor([[0, 0, 0], [0, 1, 1]])
+    model.lm_head.to("meta")
+    cache = KimiLinearCache(model.config)
+    hidden = model._prompts.hidden_states(model, cache, ids, mask, None, slice(-2, None))
+    assert hidden.shape == (2, 2, model.config.hidden_size) and len(running) == 1
+    assert not hidden[0].any() and hidden[1].isfinite().all()
+
+
+@torch.no_grad()
 def test_a_prompt_of_several_segments_reports_its_progress(model, running, monkeypatch):
     """Whatever makes it several: their length, several GPUs, or so many rows that a segment is one chunk."""
     go(CAPTURED, monkeypatch)
