@@ -242,7 +242,9 @@ class KimiGenerationMixin(GenerationMixin):
                 held = cache if keeps_cache or past_key_values is not None else None
                 return self.lm_head(self.model.norm(hidden_states)), held
         logits = self._step_logits(*arguments, kwargs)
-        return (None, None) if logits is None else (logits[:, kept], past_key_values)
+        if logits is None:
+            return None, None
+        return logits[:, kept.to(logits.device) if torch.is_tensor(kept) else kept], past_key_values
 
     def _sample(
         self,
