@@ -46,6 +46,18 @@ def check_embeddings(inputs_embeds: torch.Tensor, hidden_size: int) -> None:
         raise ValueError(f"the input is empty: {rows} rows of {tokens} tokens; give at least one of each")
 
 
+def wants_records(options: dict[str, Any], config: Any) -> bool:
+    """Whether keyword arguments of a forward, or its config where they say nothing, ask for more than its result.
+
+    That is hidden states, attention weights or router logits, which only the layers' own forwards have.
+    """
+    for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
+        asked = options.get(name)
+        if asked or (asked is None and getattr(config, name, False)):
+            return True
+    return False
+
+
 def check_positions(position_ids: torch.Tensor | None, batch_size: int, length: int) -> None:
     """Raise ValueError unless `position_ids` is None or [1 or B, T]."""
     if position_ids is not None and tuple(position_ids.shape) not in ((1, length), (batch_size, length)):
@@ -56,12 +68,20 @@ def check_positions(position_ids: torch.Tensor | None, batch_size: int, length: 
 
 
 def check_labels(labels: torch.Tensor, batch_size: int, length: int, vocab_size: int, ignore_index: int) -> None:
-    """Raise ValueError unless `labels` is [B, T] and holds token ids or `ignore_index`. Compiled graphs skip values."""
+    """Raise ValueError unless `labels` is [B, T] and holds token ids or `ignore_index`."""
     if tuple(labels.shape) != (batch_size, length) or labels.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"labels must be integers {[batch_size, length]}, one for each position whose logits are kept "
             f"(logits_to_keep=0 keeps all), got {list(labels.shape)} {labels.dtype}"
         )
+    check_label_values(labels, vocab_size, ignore_index)
+
+
+def check_label_values(labels: torch.Tensor, vocab_size: int, ignore_index: int, name: str = "labels") -> None:
+    """Raise ValueError unless `labels`, of any shape, holds token ids or `ignore_index`. Compiled graphs skip it.
+
+    On a GPU this waits for the values; others would end the CUDA context, or be read outside of the logits.
+    """
     if torch.compiler.is_compiling() or labels.device.type == "meta":
         return
     if labels.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -69,7 +89,7 @@ def check_labels(labels: torch.Tensor, batch_size: int, length: int, vocab_size:
     wrong = labels[((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)]
     if wrong.numel():
         raise ValueError(
-            f"labels hold {int(wrong[0])}, neither a token in [0, {vocab_size}) nor {ignore_index}, which marks tokens "
+            f"{name} hold {int(wrong[0])}, neither a token in [0, {vocab_size}) nor {ignore_index}, which marks tokens "
             "without loss"
         )
 
@@ -206,6 +226,7 @@ __all__ = [
     "check_cache",
     "check_cache_dtype",
     "check_embeddings",
+    "check_label_values",
     "check_labels",
     "check_mask",
     "check_mask_values",
@@ -213,4 +234,5 @@ __all__ = [
     "check_token_ids",
     "checkpointing_over_cache_error",
     "expect_token_ids",
+    "wants_records",
 ]

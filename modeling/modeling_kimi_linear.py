@@ -29,6 +29,7 @@ from .input_checks import (
     check_cache,
     check_cache_dtype,
     check_embeddings,
+    check_label_values,
     check_labels,
     check_mask,
     check_mask_values,
@@ -281,8 +282,8 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiGenerationMixin):
             prompt_progress: called with (tokens done, tokens of the prompt) after each segment of a long prompt; an
                 argument of `generate()` too.
             skip_logits: with `labels`, whether to compute the loss without the logits of all tokens, and leave them
-                None. None: in training mode with gradients. Where the loss needs them (a loss function of your own, an
-                adapter on the head, a compiled graph) they are there.
+                None. None: in training mode with gradients, outside compiled graphs. Where the loss needs them (a loss
+                function of your own, an adapter on the head) they are there.
 
         Returns:
             logits [B, T or logits_to_keep, vocab_size], the loss if `labels` are given, and what else was asked for.
@@ -313,6 +314,8 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiGenerationMixin):
             if labels is not None:
                 vocab_size, ignore_index = self.config.vocab_size, kwargs.get("ignore_index", -100)
                 check_labels(labels, *hidden.shape[:2], vocab_size, ignore_index=ignore_index)
+                if kwargs.get("shift_labels") is not None:
+                    check_label_values(kwargs["shift_labels"], vocab_size, ignore_index, name="shift_labels")
                 if self._skips_logits() if skip_logits is None else skip_logits:
                     loss = loss_without_logits(self, hidden, labels, **kwargs)
             if loss is None:

@@ -1,9 +1,10 @@
 """The one rule on "does anything hang on this module?", and how a change of the answer is noticed.
 
-Code that reads a module's weights instead of calling the module (the captured decode step, KDA's stepping, MLA's latent
-form, grouped experts) passes over whatever else hangs on it. So each of them asks `hanging` first, and calls the module
-where the answer is not None. A module is plain if it is of a class listed with `reads_weights`, that class's forward is
-the one it was listed with, and no hook, adapter, patched forward, foreign method or foreign parameter is on it.
+Code that reads a module's weights instead of calling the module (captured decode steps, packed prompts, KDA's stepping,
+MLA's latent form, grouped experts, the loss without logits) passes over whatever else hangs on it. So each of them asks
+`hanging` first, and calls the module where the answer is not None. A module is plain if it is of a class listed with
+`reads_weights`, that class's forward is the one it was listed with, and no hook, adapter, patched forward, foreign
+method or foreign parameter is on it.
 
 Some wrappers change nothing that counts here. They are known by the code object of the function that their library
 makes inside another one, which is an identity, not a name:

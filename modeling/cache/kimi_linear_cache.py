@@ -210,7 +210,7 @@ class KimiLinearCache(Cache):
     def crop_rows(self, tokens_to_remove: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Take back another number of tokens from every row of the batch, as speculative decoding of a batch needs.
 
-        What all rows take back is dropped. What a row takes back beyond that stays behind as a hole: its KDA states
+        What all rows take back is dropped. What a row takes back beyond that stays as a hole: its KDA states
         have never seen it, its latent rows are masked out. (No layer knows positions, so holes change nothing.)
 
         Args:

@@ -177,7 +177,7 @@ class KDARecording:
         if self.has_holes or row_keep is not None:
             valid = self.valid[:, start.offset : keep]
             if row_keep is not None:
-                valid = valid & _in_front_of(row_keep - start.offset, keep - start.offset, valid.device)
+                valid = valid & _before(row_keep - start.offset, keep - start.offset, valid.device)
             layout = PaddingLayout.from_mask(valid)
             inputs, lengths = layout.compact(inputs), layout.lengths
         heads, key_dim, value_dim = state.shape[1:]
@@ -190,7 +190,7 @@ class KDARecording:
         lowest = keep
         if row_keep is not None:
             lowest, self.has_holes = int(row_keep.min()), True
-            self.valid[:, :keep] &= _in_front_of(row_keep, keep, self.valid.device)
+            self.valid[:, :keep] &= _before(row_keep, keep, self.valid.device)
         if self.has_holes:
             self.valid[:, keep:] = True
         self._checkpoints = [checkpoint for checkpoint in self._checkpoints if checkpoint.offset <= lowest]
@@ -260,7 +260,7 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return _copied(tensor) if tensor.is_inference() else tensor
 
 
-def _in_front_of(row_ends: torch.Tensor, length: int, device: torch.device) -> torch.Tensor:
+def _before(row_ends: torch.Tensor, length: int, device: torch.device) -> torch.Tensor:
     """[B, length] bool, True before each row's end."""
     return torch.arange(length, device=device) < row_ends.to(device)[:, None]
 

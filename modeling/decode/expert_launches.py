@@ -6,7 +6,8 @@
 | packed | the same by launches that dequantise | the same |
 | adapters of stacked projections | one launch before up, one before down | the same |
 
-A shared expert whose projections have adapters runs apart from the others, as a dense MLP does.
+A shared expert whose projections have adapters runs apart from the others, as a dense MLP does; so does a packed one
+beside routed experts that have adapters, for launches read packed weights or adapters of experts, not both.
 """
 
 from typing import Any
@@ -36,7 +37,10 @@ class ExpertLaunches:
     def _moe(self, moe: Any, norm: Any) -> None:
         shared = moe.shared_experts
         projections = () if shared is None else (shared.gate_proj, shared.up_proj, shared.down_proj)
-        apart = any(adapter_of(module) is not None for module in projections)  # those are linears' adapters
+        adapted = bool(expert_adapters(moe.experts))
+        apart = any(
+            adapter_of(module) is not None or (adapted and is_packed(linear_weight(module))) for module in projections
+        )
         if apart:
             p = self._mlp_up(shared, norm)  # before the experts add to what it reads
         self._linear(self.x, [moe.gate], self.router, norm)

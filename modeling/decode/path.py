@@ -15,6 +15,7 @@ from ...kernels.kda.operators import MAX_HEAD_DIM
 from ...kernels.kda.step import MAX_NEW_TOKENS
 from ..cache.kimi_linear_cache import KimiLinearCache
 from ..checkpoint.packed_modules import KimiPackedExperts, KimiPackedLinear
+from ..input_checks import wants_records
 from ..layers.moe import KimiTopkRouter
 from ..module_watch import ModuleWatch
 from ..placement import device_of_name, layer_spans
@@ -157,6 +158,7 @@ def reason_of_weights(model: Any) -> str | None:
     return _lasting_reason(model)
 
 
+@torch.no_grad()  # as steps run: backward hooks, which count with gradients alone, would stay in what is remembered
 def _lasting_reason(model: Any) -> str | None:
     """What holds until something changes that `ModuleWatch` notices."""
     config = model.config
@@ -164,6 +166,8 @@ def _lasting_reason(model: Any) -> str | None:
         return f"kda_backend is {config.kda_backend!r}"
     if config.linear_head_dim > MAX_HEAD_DIM:
         return f"KDA heads of {config.linear_head_dim} are wider than {MAX_HEAD_DIM}"
+    if getattr(config, "is_causal", None) is False:
+        return "is_causal is False"
     if config.num_expert_group != config.topk_group:
         return "experts are chosen by group"
     if (packed := packed_reason(model)) is not None:
@@ -254,11 +258,7 @@ def serves(
         return False  # a prompt
     if attention_mask is not None and (not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2):
         return False
-    for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
-        asked = kwargs.get(name)
-        if asked or (asked is None and getattr(config, name, False)):
-            return False
-    return kwargs.get("cu_seq_lens_q") is None
+    return kwargs.get("cu_seq_lens_q") is None and not wants_records(kwargs, config)
 
 
 def step_mask(attention_mask: torch.Tensor | None, new_tokens: int) -> tuple[bool, torch.Tensor | None]:

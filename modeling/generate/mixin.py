@@ -13,10 +13,10 @@ from ..cache.kimi_linear_cache import KimiLinearCache
 from ..decode.loop import can_sample_with_steps, mask_for_all_steps, sample_with_steps
 from ..decode.path import MAX_CHUNKED_TOKENS, serves, step_mask
 from ..decode.step import MAX_STEP_TOKENS
-from ..input_checks import check_cache, check_mask, check_token_ids, expect_token_ids
+from ..input_checks import check_cache, check_mask, check_positions, check_token_ids, expect_token_ids
 from ..plain_modules import hanging_on_root, own_method
 from ..prompt.path import may_serve, ways_of_prompts
-from ..prompt.segments import SEGMENT_TOKENS
+from ..prompt.segments import is_cut
 from ..transformers_versions import CACHE_NAME, as_argument, one_cache
 from .cache_setup import bound_unbounded_layers, expect_text
 from .refusals import check_cache_implementation, continuous_batching_error
@@ -185,7 +185,12 @@ class KimiGenerationMixin(GenerationMixin):
         raise continuous_batching_error()
 
     def _step_logits(
-        self, input_ids: Any, attention_mask: Any, past_key_values: Any, kwargs: dict[str, Any]
+        self,
+        past_key_values: Any,
+        input_ids: Any,
+        attention_mask: Any,
+        position_ids: torch.Tensor | None,
+        kwargs: dict[str, Any],
     ) -> torch.Tensor | None:
         """Logits [B, T, vocab_size] by a captured step, or None where the layers are to be run one by one."""
         if not serves(past_key_values, input_ids, attention_mask, kwargs, self.config):
@@ -197,6 +202,7 @@ class KimiGenerationMixin(GenerationMixin):
         if step is None:
             return None
         check_token_ids(input_ids, self.config.vocab_size)
+        check_positions(position_ids, batch_size, length)
         check_cache(past_key_values, self.config, batch_size)
         check_mask(attention_mask, batch_size, length, past_key_values.get_seq_length())
         honoured, mask = step_mask(None if attention_mask is None else attention_mask.to(step.device), length)
@@ -226,17 +232,19 @@ class KimiGenerationMixin(GenerationMixin):
         A few new tokens over a cache are a step; of more, a prompt reads each weight once where steps come in turn.
         """
         arguments = (past_key_values, input_ids, attention_mask, position_ids)
+        serves_prompt = may_serve(self, *arguments, kwargs)
         # Segments, which are what else takes so many tokens, report what they have done.
-        silent = prompt_progress is None or input_ids is None or input_ids.numel() <= SEGMENT_TOKENS
-        if silent and may_serve(self, *arguments, kwargs):
+        if serves_prompt and (prompt_progress is None or not is_cut(self.model, *input_ids.shape)):
             cache = KimiLinearCache(self.config) if past_key_values is None else past_key_values
             hidden_states = self._prompts.hidden_states(self, cache, input_ids, attention_mask, position_ids, kept)
             if hidden_states is not None:
                 keeps_cache = self.config.use_cache if use_cache is None else use_cache
                 held = cache if keeps_cache or past_key_values is not None else None
                 return self.lm_head(self.model.norm(hidden_states)), held
-        logits = self._step_logits(input_ids, attention_mask, past_key_values, kwargs)
-        return (None, None) if logits is None else (logits[:, kept], past_key_values)
+        logits = self._step_logits(*arguments, kwargs)
+        if logits is None:
+            return None, None
+        return logits[:, kept.to(logits.device) if torch.is_tensor(kept) else kept], past_key_values
 
     def _sample(
         self,

@@ -18,6 +18,7 @@ from ..input_checks import (
     check_mask_values,
     check_positions,
     check_token_ids,
+    wants_records,
 )
 from ..placement import LayerSpan, layer_spans
 from ..plain_modules import hanging
@@ -68,8 +69,6 @@ class PromptPath:
         Steps may do what packed plans don't, such as adapters, so the modules are asked here too.
         """
         reason = model._decode.reason(model)
-        if reason is None and getattr(model.config, "is_causal", None) is False:
-            reason = "is_causal is False"
         if reason is not None:
             return reason
         with self._lock:
@@ -117,8 +116,9 @@ class PromptPath:
         if past > 0 and inputs.misfit(cache) is not None:
             return None
         clear = slice(past, past + length) if packing.has_padding else None
-        mask, input_ids = None if mask is None else mask.contiguous(), input_ids.to(inputs.device)
-        with self._lock, cache.changing("a packed prompt", partial(cache.undo, past)):
+        mask, input_ids = None if mask is None else mask.contiguous(), input_ids.to(inputs.device, torch.int64)
+        # Refused before the wait for the lock: a thread that changes the same cache meanwhile would make `past` untrue.
+        with cache.changing("a packed prompt", partial(cache.undo, past)), self._lock:
             open_cache(cache, inputs, model, past + length, clear)
             run = self._captured if captured else self._launched
             hidden = run(model, cache, input_ids, packing, mask, kept)
@@ -168,7 +168,8 @@ class PromptPath:
             part = packing.of_rows(begin, end)
             if part.tokens == 0:
                 positions = len(range(part.shape[1])[kept]) if isinstance(kept, slice) else len(kept)
-                hidden.append(model.lm_head.weight.new_zeros(end - begin, positions, model.config.hidden_size))
+                shape, like = (end - begin, positions, model.config.hidden_size), model.lm_head.weight
+                hidden.append(like.new_zeros(shape, device=spans[-1].device))
                 continue
             tokens, keys = (-(-n // 64) * 64 for n in (part.tokens, part.keys))
             size = tokens, end - begin, keys, packing.has_holes
@@ -225,7 +226,6 @@ def may_serve(
         position_ids: [B, T]; where they may mark packed sequences, the layers look at them.
         kwargs: the other arguments of the forward.
     """
-    config = model.config
     if not (cache is None or (isinstance(cache, KimiLinearCache) and not cache.is_recording)):
         return False
     if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.numel() == 0:
@@ -236,16 +236,13 @@ def may_serve(
         return False
     if attention_mask is not None and (not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2):
         return False
-    for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
-        asked = kwargs.get(name)
-        if asked or (asked is None and getattr(config, name, False)):
-            return False
-    if kwargs.get("cu_seq_lens_q") is not None:
+    if kwargs.get("cu_seq_lens_q") is not None or wants_records(kwargs, model.config):
         return False
     model._decode.look_again()  # a new text: there is time for it
     return model._prompts.reason(model) is None
 
 
+@torch.no_grad()  # as packed plans run, see `_lasting_reason` (decode/path.py)
 def _reason_beyond_steps(model: Any) -> str | None:
     """Why `model` takes no prompt by packed plans though it may decode by steps, in words; or None."""
     if formats := packed_formats(model):

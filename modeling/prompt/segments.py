@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from ..cache.kimi_linear_cache import KimiLinearCache
-from ..input_checks import check_cache, check_mask, check_mask_values, check_positions, check_token_ids
+from ..input_checks import check_cache, check_mask, check_mask_values, check_positions, check_token_ids, wants_records
 from ..layers.sequence_layout import cu_seqlens_of_restarts
 from ..placement import is_spread
 from ..transformers_versions import as_argument
@@ -52,6 +52,16 @@ def segment_tokens_of(model: Any) -> int:
     return min(SPREAD_SEGMENT_TOKENS, SEGMENT_TOKENS) if is_spread(model) else SEGMENT_TOKENS
 
 
+def is_cut(model: Any, batch_size: int, length: int) -> bool:
+    """Whether a prompt of [batch_size, length] tokens takes a `KimiLinearModel` several segments."""
+    if 0 in (batch_size, length):
+        return False
+    fewest = min(SPREAD_SEGMENT_TOKENS, SEGMENT_TOKENS)  # asked first, since most inputs are shorter than any segment
+    if len(segment_bounds(batch_size, length, fewest)) == 1:
+        return False
+    return len(segment_bounds(batch_size, length, segment_tokens_of(model))) > 1
+
+
 def takes_segments(
     model: Any,
     tokens: torch.Tensor | None,
@@ -72,17 +82,11 @@ def takes_segments(
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or tokens is None or tokens.ndim < 2:
         return False
-    fewest = min(SPREAD_SEGMENT_TOKENS, SEGMENT_TOKENS)  # asked first, since most inputs are shorter than any segment
-    if 0 in tokens.shape[:2] or len(segment_bounds(*tokens.shape[:2], fewest)) < 2:
-        return False
-    if len(segment_bounds(*tokens.shape[:2], segment_tokens_of(model))) < 2:
+    if not is_cut(model, *tokens.shape[:2]):
         return False
     if attention_mask is not None and not (torch.is_tensor(attention_mask) and attention_mask.ndim == 2):
         return False
-    recorded = ("output_hidden_states", "output_attentions", "output_router_logits")
-    if any(options.get(name, getattr(model.config, name, False)) for name in recorded):
-        return False
-    if options.get("cu_seq_lens_q") is not None:
+    if options.get("cu_seq_lens_q") is not None or wants_records(options, model.config):
         return False
     may_be_packed = position_ids is not None and attention_mask is None and past_key_values is None
     return not may_be_packed or cu_seqlens_of_restarts(position_ids) is None
@@ -178,4 +182,4 @@ def forward_in_segments(
     return MoeModelOutputWithPast(last_hidden_state=torch.cat(outputs, dim=1), **as_argument(returned))
 
 
-__all__ = ["SEGMENT_TOKENS", "forward_in_segments", "segment_bounds", "takes_segments"]
+__all__ = ["SEGMENT_TOKENS", "forward_in_segments", "is_cut", "segment_bounds", "takes_segments"]

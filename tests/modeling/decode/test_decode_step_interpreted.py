@@ -178,6 +178,8 @@ def test_what_a_step_cannot_answer_goes_by_layers(model, stepping):
     assert stepping == [(2, 1)]
     with pytest.raises(ValueError, match="outside the vocabulary"):
         model(torch.tensor([[5], [999]]), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"position_ids are \[1, 11\]"):
+        model(new, past_key_values=cache, position_ids=torch.arange(11)[None])
 
 
 def test_reasons(model, stepping):
@@ -191,12 +193,24 @@ def test_reasons(model, stepping):
     assert "kda_backend is 'torch'" in reason()
     model.config.kda_backend = "auto"
     assert reason().startswith("captured steps")
+    model.config.is_causal = False  # steps of several tokens are causal
+    assert reason() == "is_causal is False" and model.prompt_path == f"layer by layer: {reason()}"
+    del model.config.is_causal
+    assert reason().startswith("captured steps")
     layer, plain = model.model.layers[0].mlp, model.model.layers[0].mlp.up_proj
     layer.up_proj = torch.nn.Sequential(plain)
     layer.up_proj[0].weight = torch.nn.Parameter(plain.weight.clone())
     assert "Sequential" in reason()
     layer.up_proj = plain
     assert reason().startswith("captured steps")
+
+
+def test_backward_hooks_do_not_count(stepping):
+    """Also where the first look comes with gradients on: what is remembered is for steps, which have none."""
+    model = make_model()
+    model.model.layers[0].self_attn.o_proj.register_full_backward_hook(lambda *args: None)
+    assert model.decode_path.startswith("captured steps")
+    assert model.prompt_path.startswith("packed plans")
 
 
 def test_training_mode_takes_steps_too(model, stepping):

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from interpreted_steps import MASK, PROMPT, close, few_programs, layer_by_layer, stepping
-from packed_weights import IGNORED, QUANTISED_CONFIG, config_of, quantised_tensors
+from packed_weights import EXPERTS, IGNORED, QUANTISED_CONFIG, config_of, quantised_tensors
 
 from kimi_linear.configuration.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.kernels.decode.configs import GemvConfig
@@ -97,4 +97,24 @@ def test_adapters_on_packed_projections(batch, stepping):
     mask = torch.nn.functional.pad(MASK[-batch:], (0, 1), value=1)
     expected = layer_by_layer(model, lambda: model(new, attention_mask=mask, past_key_values=twin).logits)
     assert close(model(new, attention_mask=mask, past_key_values=cache).logits, expected)
+    assert stepping == [(batch, 1)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 2])
+def test_adapters_of_dense_experts_beside_a_packed_shared_one(batch, stepping):
+    """Launches read packed weights or adapters of experts, so the shared expert goes apart."""
+    peft = pytest.importorskip("peft")
+    config = config_of("fp8 channel", [*IGNORED, rf"re:{EXPERTS}\..*"])
+    model = KimiLinearForCausalLM(KimiLinearConfig.from_dict({**QUANTISED_CONFIG, "quantization_config": config}))
+    stored, dense = quantised_tensors("fp8 channel")
+    routed = {name: x.float() for name, x in dense.items() if name.startswith(EXPERTS)}
+    model.load_state_dict({**{name: x for name, x in stored.items() if not name.startswith(EXPERTS)}, **routed})
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    adapter = peft.LoraConfig(r=3, target_modules=[], target_parameters=names, init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, adapter).eval()
+    cache, new = wrapped(PROMPT[-batch:], use_cache=True).past_key_values, torch.arange(batch)[:, None] + 7
+    twin = cache.fork(1)[0]
+    expected = layer_by_layer(model, lambda: model(new, past_key_values=twin).logits)
+    assert close(model(new, past_key_values=cache).logits, expected)
     assert stepping == [(batch, 1)]

@@ -4,6 +4,8 @@ Packed prompts against the layers, in Triton's interpreter on a CPU.
 Logits and caches in fp32 agree to 1e-5 of their norm: some hundred operations of eps 1.2e-7 each, in another order.
 """
 
+import threading
+
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ from kimi_linear.modeling.decode.step import DecodeStep
 from kimi_linear.modeling.placement import layer_spans
 from kimi_linear.modeling.prompt import path as prompt_path
 from kimi_linear.modeling.prompt import plan as prompt_plan
+from kimi_linear.modeling.prompt import segments as prompt_segments
 from kimi_linear.modeling.prompt.packing import Packing
 from kimi_linear.modeling.prompt.run import PromptPart, PromptRun
 
@@ -151,6 +154,14 @@ def test_logits_that_are_kept(model, running, monkeypatch):
 
 
 @torch.no_grad()
+def test_token_ids_of_32_bits(model, running, monkeypatch):
+    go(CAPTURED, monkeypatch)
+    ids = draw(2, 5)
+    assert torch.equal(model(ids.int()).logits, model(ids).logits)
+    assert len(running) == 2
+
+
+@torch.no_grad()
 def test_text_is_that_of_the_layers(model, running, monkeypatch):
     """A prompt, and a chat that goes on; between them decode steps over the same cache."""
     go(CAPTURED, monkeypatch)
@@ -190,6 +201,33 @@ def test_what_goes_to_the_layers(model, running, monkeypatch):
     assert model.prompt_path.startswith("packed plans")
     model(ids)
     assert len(running) == 1
+
+
+@torch.no_grad()
+def test_rows_without_a_token_while_the_head_is_elsewhere(running, monkeypatch):
+    """Parts of rows give their hidden states on the last layer's device, also where there was nothing to run."""
+    go(LAUNCHED, monkeypatch)
+    monkeypatch.setattr(prompt_path, "PART_TOKENS", 1)
+    monkeypatch.setattr(prompt_path, "check_cache_dtype", lambda *args: None)  # asks for autocast, which meta hasn't
+    model, ids, mask = make_model(), draw(2, 3), torch.tensor([[0, 0, 0], [0, 1, 1]])
+    model.lm_head.to("meta")
+    cache = KimiLinearCache(model.config)
+    hidden = model._prompts.hidden_states(model, cache, ids, mask, None, slice(-2, None))
+    assert hidden.shape == (2, 2, model.config.hidden_size) and len(running) == 1
+    assert not hidden[0].any() and hidden[1].isfinite().all()
+
+
+@torch.no_grad()
+def test_a_prompt_of_several_segments_reports_its_progress(model, running, monkeypatch):
+    """Whatever makes it several: their length, several GPUs, or so many rows that a segment is one chunk."""
+    go(CAPTURED, monkeypatch)
+    monkeypatch.setattr(prompt_segments, "SPREAD_SEGMENT_TOKENS", 64)
+    monkeypatch.setattr(prompt_segments, "is_spread", lambda model: True)
+    seen = []
+    model(draw(1, 16), prompt_progress=lambda *done: seen.append(done))
+    assert len(running) == 1 and seen == []  # one segment, which the layers wouldn't report either
+    model(draw(1, 80), prompt_progress=lambda *done: seen.append(done))
+    assert len(running) == 1 and seen == [(64, 80), (80, 80)]
 
 
 @torch.no_grad()
@@ -259,6 +297,34 @@ def test_a_failure_leaves_a_whole_cache_or_a_refusal(place, model, running, monk
     else:
         with pytest.raises(ValueError, match="not whole"):
             model(ids, past_key_values=held)
+
+
+@torch.no_grad()
+def test_two_threads_with_one_cache(model, running, monkeypatch):
+    """The second comes while the first waits for the plans' buffers, and is refused."""
+    go(CAPTURED, monkeypatch)
+    cache, lock, refused = KimiLinearCache(model.config), model._prompts._lock, []
+
+    def second():
+        with torch.no_grad(), pytest.raises(ValueError, match="being changed by another thread"):
+            model(draw(1, 5), past_key_values=cache)
+        refused.append(True)
+
+    class Waiting:
+        def __enter__(self):
+            if threading.current_thread() is threading.main_thread():
+                thread = threading.Thread(target=second)
+                thread.start()
+                thread.join()
+            lock.acquire()
+
+        def __exit__(self, *args):
+            lock.release()
+
+    monkeypatch.setattr(model._prompts, "_lock", Waiting())
+    monkeypatch.setattr(model._prompts, "reason", lambda model: None)
+    model(draw(1, 5), past_key_values=cache)
+    assert refused and cache.get_seq_length() == 5
 
 
 @torch.no_grad()

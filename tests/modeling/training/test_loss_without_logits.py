@@ -83,3 +83,6 @@ def test_labels_that_do_not_fit(load_tiny, random_ids):
     model, ids = load_tiny().train(), random_ids(1, 6)
     with pytest.raises(ValueError, match="shift_labels must have a label for each of the 6 tokens, got 5"):
         model(ids, labels=ids, shift_labels=ids[:, 1:])
+    for skip_logits in (True, False):
+        with pytest.raises(ValueError, match="shift_labels hold 128, neither a token in"):
+            model(ids, labels=ids, shift_labels=ids.clone().fill_(128), skip_logits=skip_logits)
